@@ -1,0 +1,74 @@
+"""Word-level LSTM language models, the same on JAX, PyTorch and TensorFlow.
+
+The public names, in the order in which the data meets them:
+
+    text -> words -> ids -> batches -> logits -> training -> perplexity, words
+
+Importing `multilstm` loads neither Keras nor a framework: each name is
+imported when it is first used, so that the backend can still be chosen.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "UserError": "errors",
+    "Corpus": "corpus",
+    "load_corpus": "corpus",
+    "read_words": "corpus",
+    "Vocabulary": "vocabulary",
+    "NextWordWindows": "dataset",
+    "ContinuousStreams": "dataset",
+    "LSTM": "layers",
+    "Embedding": "layers",
+    "ResetCarriedState": "layers",
+    "LanguageModel": "model",
+    "Perplexity": "model",
+    "Preset": "presets",
+    "PRESETS": "presets",
+    "train": "training",
+    "load_run": "training",
+    "evaluate": "evaluation",
+    "predict_next_words": "generation",
+    "generate": "generation",
+}
+_MODULES = ("layers", "ops")
+
+__all__ = [*_HOME, "layers"]
+
+if TYPE_CHECKING:
+    from multilstm import layers as layers
+    from multilstm.corpus import Corpus as Corpus
+    from multilstm.corpus import load_corpus as load_corpus
+    from multilstm.corpus import read_words as read_words
+    from multilstm.dataset import ContinuousStreams as ContinuousStreams
+    from multilstm.dataset import NextWordWindows as NextWordWindows
+    from multilstm.errors import UserError as UserError
+    from multilstm.evaluation import evaluate as evaluate
+    from multilstm.generation import generate as generate
+    from multilstm.generation import predict_next_words as predict_next_words
+    from multilstm.layers import LSTM as LSTM
+    from multilstm.layers import Embedding as Embedding
+    from multilstm.layers import ResetCarriedState as ResetCarriedState
+    from multilstm.model import LanguageModel as LanguageModel
+    from multilstm.model import Perplexity as Perplexity
+    from multilstm.presets import PRESETS as PRESETS
+    from multilstm.presets import Preset as Preset
+    from multilstm.training import load_run as load_run
+    from multilstm.training import train as train
+    from multilstm.vocabulary import Vocabulary as Vocabulary
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+        return getattr(module, name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

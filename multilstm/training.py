@@ -1,0 +1,488 @@
+"""Model + data -> trained model, in a run folder that can be gone on from.
+
+The training itself is `keras.Model.fit`. What is here are the callbacks that
+a long run needs: after each epoch the exact validation perplexity, history,
+checkpoint and best weights are on the disk; a run that is stopped, by a
+person or by a loss that is no number, leaves what it had.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from multilstm import __version__
+from multilstm.corpus import NAMES, Corpus, load_corpus
+from multilstm.dataset import ContinuousStreams, NextWordWindows
+from multilstm.errors import UserError
+from multilstm.evaluation import PROTOCOL, Evaluator, evaluate
+from multilstm.files import replacing, write_json
+from multilstm.model import LanguageModel, make_optimizer
+from multilstm.ops import LSTM_KERNEL, device_name
+from multilstm.presets import Preset, find_preset
+from multilstm.progress import ProgressBar, StepTimes
+from multilstm.run_folder import RESULT_SCHEMA, History, RunFolder
+from multilstm.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS: dict[str, Any] = {
+    "preset": "small",
+    "corpus": "python-docs",
+    "epochs": None,
+    "batch_size": None,
+    "sequence_length": None,
+    "seed": 0,
+    "patience": None,
+    "max_vocabulary": None,
+}
+
+
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
+def train(
+    preset: str | None = None,
+    *,
+    corpus: str | Path | None = None,
+    out: str | Path | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    patience: int | None = None,
+    max_vocabulary: int | None = None,
+    data_folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains a preset on a corpus, into a run folder.
+
+    Args:
+        preset: Name of a preset. Default: `"small"`.
+        corpus: Name or folder of a corpus. Default: `"python-docs"`.
+        out: The run folder. Default: `runs/<preset>-<corpus>-<backend>`.
+        epochs: Passes over the training text. Default: the preset's.
+        batch_size: Rows a batch. Default: the preset's.
+        sequence_length: Steps of back-propagation. Default: the preset's.
+        seed: For initial weights and dropout. Default: 0.
+        patience: Stop after this many epochs without a better validation
+            perplexity. Default: never.
+        max_vocabulary: Keep the most frequent words only; see `load_corpus`.
+        data_folder: Where downloaded corpora lie; see `load_corpus`.
+        resume: Go on from the checkpoint in `out`, with the settings of its
+            `config.json`; only `epochs` and `patience` may change. Without a
+            run there, start one.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The result record, as in `result.json`: among others
+        `valid_perplexity` and `test_perplexity` of the best epoch's weights,
+        `tokens_per_second` and `status` (`"finished"` or `"interrupted"`).
+
+    Raises:
+        UserError: For bad settings, a folder that holds another run, or a
+            loss that is no number, after which the last good checkpoint is
+            still there.
+    """
+    given = {
+        "preset": preset,
+        "corpus": _corpus_name(corpus),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "patience": patience,
+        "max_vocabulary": max_vocabulary,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    folder = RunFolder(out or _default_folder(given))
+    resuming = resume and folder.config.exists()
+    if resuming:
+        settings = _settings_to_resume(folder, given)
+    else:
+        settings = DEFAULTS | given
+    plan = _plan(settings)
+    data = load_corpus(
+        settings["corpus"],
+        data_folder=data_folder,
+        max_vocabulary=settings["max_vocabulary"],
+    )
+    model = _build(plan, data, settings["seed"])
+    if resuming:
+        _check_same_text(folder, data)
+        history = (
+            folder.load_checkpoint(model) if folder.checkpoint.exists() else []
+        )
+    else:
+        history = []
+        folder.create(
+            settings
+            | {
+                "model": model.settings,
+                "preset_settings": dataclasses.asdict(plan),
+                "corpus_sha256": data.sha256,
+                "initial_weights_sha256": weights_sha256(model),
+            },
+            data.vocabulary,
+        )
+    keeper = _Keeper(folder, Evaluator(model), data, history, settings)
+    times = StepTimes()
+    _fit(model, plan, data, keeper, times, progress=progress)
+    return _finish(folder, model, data, settings, keeper, times)
+
+
+def load_run(path: str | Path) -> tuple[LanguageModel, Vocabulary, dict]:
+    """Loads the best weights of a run, whichever backend trained it.
+
+    Returns:
+        The model, its vocabulary, and the run's `config.json`.
+
+    Raises:
+        UserError: If the folder holds no run, or none that has weights yet.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if not folder.best_weights.exists():
+        raise UserError(
+            f"{folder.path} has no {folder.best_weights.name} yet: no epoch "
+            "was completed. Train it on with --resume."
+        )
+    vocabulary = Vocabulary.load(folder.vocabulary)
+    model = LanguageModel(**config["model"] | {"carry_state": False})
+    model.build((None, None))
+    try:
+        model.load_weights(folder.best_weights)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder.best_weights} does not hold the weights of this run's "
+            f"model, or is broken: {error}"
+        ) from error
+    return model, vocabulary, config
+
+
+def load_run_corpus(
+    config: dict[str, Any], data_folder: str | Path | None = None
+) -> Corpus:
+    """The corpus of a run, from its `config.json`.
+
+    Raises:
+        UserError: If its text is not the text that the run was trained on.
+    """
+    corpus = load_corpus(
+        config["corpus"],
+        data_folder=data_folder,
+        max_vocabulary=config["max_vocabulary"],
+    )
+    if corpus.sha256 != config["corpus_sha256"]:
+        raise UserError(
+            f"The run was trained on a corpus {corpus.name!r} with another "
+            "text (its checksums differ). Give it the same files; "
+            "python-docs changes with the version of Python."
+        )
+    return corpus
+
+
+def weights_sha256(model: Any) -> str:
+    """The checksum of a model's weights: equal where they are, bit for bit."""
+    digest = hashlib.sha256()
+    for weight in model.get_weights():
+        digest.update(np.ascontiguousarray(weight).tobytes())
+    return digest.hexdigest()
+
+
+def describe_environment() -> dict[str, Any]:
+    """Backend, device, versions and precision, for a result record."""
+    backend = keras.config.backend()
+    return {
+        "backend": backend,
+        "device": device_name(),
+        "versions": {
+            "multilstm": __version__,
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            backend: getattr(sys.modules.get(backend), "__version__", None),
+            "numpy": np.__version__,
+        },
+        "precision": keras.config.dtype_policy().name,
+        "kernel": LSTM_KERNEL,
+    }
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in MB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset / 1e6)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * unit / 1e6, 1)
+
+
+# Before training -----------------------------------------------------------
+
+
+def _corpus_name(corpus: str | Path | None) -> str | None:
+    if corpus is None or corpus in NAMES:
+        return None if corpus is None else str(corpus)
+    return str(Path(corpus).resolve())
+
+
+def _default_folder(given: dict[str, Any]) -> Path:
+    chosen = DEFAULTS | given
+    corpus = Path(chosen["corpus"]).name
+    backend = keras.config.backend()
+    return Path("runs") / f"{chosen['preset']}-{corpus}-{backend}"
+
+
+def _settings_to_resume(
+    folder: RunFolder, given: dict[str, Any]
+) -> dict[str, Any]:
+    config = folder.read_config()
+    settings = {name: config[name] for name in DEFAULTS}
+    for name, value in given.items():
+        if name in ("epochs", "patience"):
+            settings[name] = value
+        elif settings[name] != value:
+            raise UserError(
+                f"{folder.path} was started with {name}={settings[name]!r}; "
+                f"received {value!r}. Resume without it, or start another "
+                "run with --out."
+            )
+    return settings
+
+
+def _plan(settings: dict[str, Any]) -> Preset:
+    """The preset with the settings' changes in it."""
+    changes = {
+        name: settings[name]
+        for name in ("epochs", "batch_size", "sequence_length")
+        if settings[name] is not None
+    }
+    for name, value in changes.items():
+        if value < 1:
+            raise UserError(f"`{name}` must be at least 1; received {value}.")
+    return dataclasses.replace(find_preset(settings["preset"]), **changes)
+
+
+def _build(plan: Preset, data: Corpus, seed: int) -> LanguageModel:
+    model = LanguageModel.from_preset(
+        plan.name, vocabulary_size=len(data.vocabulary), seed=seed
+    )
+    model.build((plan.batch_size, plan.sequence_length))
+    model.compile(make_optimizer(plan))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _check_same_text(folder: RunFolder, data: Corpus) -> None:
+    config = folder.read_config()
+    if data.sha256 != config["corpus_sha256"]:
+        raise UserError(
+            f"{folder.path} was started on another text of {data.name} (its "
+            "checksums differ). Resume with the same files."
+        )
+
+
+# Training ------------------------------------------------------------------
+
+
+class _Keeper(keras.callbacks.Callback):
+    """After each epoch: validation, history, best weights, checkpoint."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        evaluator: Evaluator,
+        data: Corpus,
+        history: History,
+        settings: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.evaluator = evaluator
+        self.data = data
+        self.history = history
+        self.patience = settings["patience"]
+        self.interrupted = False
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._began = time.perf_counter()
+        self._tokens = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            self._stop_diverged(f"batch {batch + 1}", loss)
+        if self.interrupted:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if self.interrupted:
+            if not self.folder.best_weights.exists():
+                self._save_best()
+            return
+        seconds = time.perf_counter() - self._began
+        valid = self.evaluator(self.data.valid).perplexity
+        if not math.isfinite(valid):
+            self._stop_diverged("its validation", valid)
+        row = {
+            "epoch": epoch + 1,
+            "train_perplexity": math.exp(logs["loss"]),
+            "valid_perplexity": valid,
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(self.tokens_per_epoch / seconds, 1),
+        }
+        logs.update(row)
+        self.history.append(row)
+        if best_epoch(self.history) == row:
+            self._save_best()
+        self.folder.write_history(self.history)
+        self.folder.save_checkpoint(self.model, self.history)
+        if self.patience is not None:
+            since_best = epoch + 1 - best_epoch(self.history)["epoch"]
+            if since_best >= self.patience:
+                self.model.stop_training = True
+
+    def _save_best(self) -> None:
+        # Of a twin that was never compiled: Keras would save the optimizer
+        # too, which is three times the weights for Adam.
+        twin = LanguageModel(**self.model.settings | {"carry_state": False})
+        twin.build((None, None))
+        twin.set_weights(self.model.get_weights())
+        with replacing(self.folder.best_weights) as temporary:
+            twin.save_weights(temporary, overwrite=True)
+
+    def _stop_diverged(self, place: str, value: float) -> None:
+        kept = "no epoch was completed before"
+        if self.history:
+            kept = (
+                f"the checkpoint of epoch {len(self.history)} is kept in "
+                f"{self.folder.checkpoint}"
+            )
+        raise Diverged(
+            f"The loss must stay a finite number; it became {value} in epoch "
+            f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
+            "rate or clip the gradients more."
+        )
+
+
+def best_epoch(history: History) -> dict[str, float]:
+    """The row with the lowest validation perplexity."""
+    return min(history, key=lambda row: row["valid_perplexity"])
+
+
+def _fit(
+    model: LanguageModel,
+    plan: Preset,
+    data: Corpus,
+    keeper: _Keeper,
+    times: StepTimes,
+    *,
+    progress: bool,
+) -> None:
+    cut = (data.train, plan.sequence_length, plan.batch_size)
+    if plan.carry_state:
+        batches: Any = ContinuousStreams(*cut, drop_remainder=True)
+    else:
+        batches = NextWordWindows(*cut)
+    tokens_per_step = plan.batch_size * plan.sequence_length
+    keeper.tokens_per_epoch = len(batches) * tokens_per_step
+    schedule = keras.callbacks.LearningRateScheduler(
+        lambda epoch, _: plan.learning_rate_of(epoch)
+    )
+    callbacks = [schedule, times, keeper]
+    bar = ProgressBar(tokens_per_step)
+    if progress:
+        callbacks.append(bar)
+    with _stop_on_interrupt(keeper):
+        try:
+            model.fit(
+                batches,
+                epochs=plan.epochs,
+                initial_epoch=len(keeper.history),
+                shuffle=False,
+                verbose=0,
+                callbacks=callbacks,
+            )
+        finally:
+            bar.close()
+
+
+@contextmanager
+def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
+    """Ctrl-C ends training after the batch in hand; a second one at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        logger.warning("Stopping after this batch; Ctrl-C again: at once")
+        keeper.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, stop)
+    except ValueError:  # not in the main thread, where alone it can be set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# After training ------------------------------------------------------------
+
+
+def _finish(
+    folder: RunFolder,
+    model: LanguageModel,
+    data: Corpus,
+    settings: dict[str, Any],
+    keeper: _Keeper,
+    times: StepTimes,
+) -> dict[str, Any]:
+    history = keeper.history
+    result = {
+        "schema": RESULT_SCHEMA,
+        "status": "interrupted" if keeper.interrupted else "finished",
+        "run": str(folder.path),
+        **describe_environment(),
+        "preset": settings["preset"],
+        "corpus": data.name,
+        "seed": settings["seed"],
+        "initial_weights_sha256": folder.read_config()[
+            "initial_weights_sha256"
+        ],
+        "parameters": model.count_params(),
+        "epochs": len(history),
+        "best_epoch": best_epoch(history)["epoch"] if history else None,
+        "valid_perplexity": (
+            best_epoch(history)["valid_perplexity"] if history else None
+        ),
+        "test_perplexity": None,
+        "test_unigram_perplexity": data.unigram_perplexity("test"),
+        "protocol": PROTOCOL,
+        **times.summary(keeper.tokens_per_epoch // keeper.params["steps"]),
+        "peak_memory_mb": peak_memory_mb(),
+        "history": history,
+    }
+    if not keeper.interrupted:
+        best, _, _ = load_run(folder.path)
+        result["test_perplexity"] = evaluate(best, data.test).perplexity
+    write_json(folder.result, result)
+    return result
