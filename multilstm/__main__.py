@@ -253,9 +253,7 @@ def run_generate(options: Generate, console: Console) -> dict[str, Any]:
         seed=options.seed,
     )
     if generated.unknown_words:
-        _print_words(
-            console, "Not in the vocabulary:", generated.unknown_words
-        )
+        _print_words(console, "Not in the vocabulary:", generated.unknown_words)
     _print_words(console, "", generated.prompt + generated.words)
     return {"run": str(options.run), **dataclasses.asdict(generated)}
 

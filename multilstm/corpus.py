@@ -365,7 +365,9 @@ def _load_encoded(
         try:
             return _read_cache(name, folder, sha256)
         except UserError as error:
-            logger.warning("Encoding %s anew, the cache is bad: %s", name, error)
+            logger.warning(
+                "Encoding %s anew, the cache is bad: %s", name, error
+            )
             shutil.rmtree(folder)
 
     def encode(allocate: _Allocate) -> Vocabulary:
@@ -375,7 +377,9 @@ def _load_encoded(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     except OSError as error:
-        logger.warning("Encoding %s in memory, without a cache: %s", name, error)
+        logger.warning(
+            "Encoding %s in memory, without a cache: %s", name, error
+        )
         arrays: dict[str, NDArray[np.int32]] = {}
 
         def in_memory(split: str, size: int) -> NDArray[np.int32]:

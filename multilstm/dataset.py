@@ -65,7 +65,6 @@ class NextWordWindows(keras.utils.PyDataset):
         UserError: If the text is too short for one window and its target.
 
     Example:
-
     >>> windows = NextWordWindows(np.arange(13), 3, 2)
     >>> len(windows)
     2
@@ -107,9 +106,9 @@ class NextWordWindows(keras.utils.PyDataset):
         return max(1, rows // self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[TokenIds, NDArray[Any]]:
-        windows = sliding_window_view(
-            self.token_ids, self.sequence_length + 1
-        )[:: self.skip_step]  # (windows, sequence_length + 1)
+        windows = sliding_window_view(self.token_ids, self.sequence_length + 1)[
+            :: self.skip_step
+        ]  # (windows, sequence_length + 1)
         first = _index(index) * self.batch_size % len(windows)
         last = first + self.batch_size
         if last <= len(windows):
@@ -150,7 +149,6 @@ class ContinuousStreams(keras.utils.PyDataset):
         UserError: If the text is too short for one batch.
 
     Example:
-
     >>> streams = ContinuousStreams(np.arange(13), 3, 2, drop_remainder=True)
     >>> [inputs.tolist() for inputs, targets in streams]
     [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]

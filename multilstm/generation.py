@@ -109,7 +109,6 @@ def next_word_probabilities(
         float64 array of shape `(vocabulary_size,)` that sums to 1.
 
     Example:
-
     >>> half_quarter = np.log([0.5, 0.25, 0.125, 0.125])
     >>> next_word_probabilities(half_quarter, top_k=2).round(3).tolist()
     [0.667, 0.333, 0.0, 0.0]

@@ -29,7 +29,6 @@ class NumPyInitializer(keras.initializers.Initializer):
         Glorot and Bengio, 2010, equation 16; Saxe et al., 2014.
 
     Example:
-
     >>> draw = NumPyInitializer("uniform", scale=0.1, seed=7)
     >>> values = keras.ops.convert_to_numpy(draw((3,)))
     >>> values.round(4).tolist()

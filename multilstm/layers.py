@@ -70,7 +70,6 @@ class LSTM(keras.layers.Layer):
         Hochreiter and Schmidhuber, 1997, "Long short-term memory".
 
     Example:
-
     >>> layer = LSTM(4, return_sequences=True)
     >>> layer(np.zeros((2, 3, 5), "float32")).shape
     (2, 3, 4)
@@ -312,7 +311,6 @@ class Embedding(keras.layers.Embedding):
     list. Here the gradient is dense, the same on every backend.
 
     Example:
-
     >>> Embedding(10, 4)(np.array([[1, 2, 2]])).shape
     (1, 3, 4)
     """

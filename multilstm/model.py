@@ -1,7 +1,7 @@
 """Ids -> logits: embedding, LSTM layers, projection, with dropout between.
 
-    token_ids -> Embedding -> dropout -> LSTM -> dropout -> ... -> LSTM
-              -> dropout -> logits over the vocabulary
+token_ids -> Embedding -> dropout -> LSTM -> dropout -> ... -> LSTM
+-> dropout -> logits over the vocabulary
 """
 
 from typing import Any
@@ -87,7 +87,6 @@ class LanguageModel(keras.Model):
         of them and the list of final states.
 
     Example:
-
     >>> model = LanguageModel(10, units=4, num_layers=1)
     >>> model(np.array([[1, 2, 3]])).shape
     (1, 3, 10)

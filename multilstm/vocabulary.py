@@ -33,7 +33,6 @@ class Vocabulary:
         UserError: If there is no word at all or a word stands there twice.
 
     Example:
-
     >>> vocabulary = Vocabulary.from_words("a rose is a rose".split())
     >>> vocabulary.words
     ('a', 'rose', 'is')
