@@ -16,9 +16,9 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
 
@@ -139,6 +139,7 @@ def load_corpus(
         Mikolov et al., 2010, "Recurrent neural network based language
         model": the preparation of Penn Treebank (10,000 words).
     """
+    texts: _Texts
     if source == "python-docs":
         texts = _python_docs()
         min_count = 2 if min_count is None else min_count
@@ -202,7 +203,7 @@ class _TextFile:
                 f"0x{error.object[error.start]:02x}, which is not. Convert "
                 "it, for instance with: iconv -f latin1 -t utf-8"
             ) from error
-        except _NotText as error:
+        except _NotTextError as error:
             raise UserError(
                 f"{self.path} must be text of words; it {error}. "
                 "Is it a binary file?"
@@ -224,7 +225,7 @@ class _Lines:
         yield from self.lines
 
 
-class _NotText(Exception):
+class _NotTextError(Exception):
     pass
 
 
@@ -233,7 +234,7 @@ def _batches_of_words(file: TextIO) -> Iterator[list[str]]:
     in_line = False  # words have come since the last line end
     while chunk := file.read(_CHUNK):
         if "\0" in chunk:
-            raise _NotText("holds NUL bytes")
+            raise _NotTextError("holds NUL bytes")
         words = (
             (unfinished + chunk).replace("\n", f" {END_OF_SENTENCE} ").split()
         )
@@ -243,7 +244,7 @@ def _batches_of_words(file: TextIO) -> Iterator[list[str]]:
         )
         unfinished = "" if chunk[-1].isspace() else words.pop()
         if len(unfinished) > _CHUNK:
-            raise _NotText(f"holds a word of over {_CHUNK:,} characters")
+            raise _NotTextError(f"holds a word of over {_CHUNK:,} characters")
         yield words
     if unfinished:
         yield [unfinished]
@@ -340,7 +341,7 @@ def _download(name: str, sha256: str, folder: Path) -> None:
 
 # Encoding and the cache ----------------------------------------------------
 
-_Texts = dict[str, _TextFile] | dict[str, _Lines]
+_Texts = Mapping[str, _TextFile | _Lines]
 _Allocate = Callable[[str, int], NDArray[np.int32]]
 
 
@@ -466,6 +467,6 @@ def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
     arrays = {}
     for split in SPLITS:
         path = folder / f"{split}.npy"
-        mapped = read_or_explain(path, lambda p=path: np.load(p, mmap_mode="r"))
+        mapped = read_or_explain(path, partial(np.load, path, mmap_mode="r"))
         arrays[split] = np.asarray(mapped)[: sizes[split]]
     return Corpus(name, vocabulary, **arrays, sha256=sha256)

@@ -200,10 +200,9 @@ def _move_down(ends: States) -> States:
     """The end of each row is the start of the next; row 0 starts from zero."""
     moved = []
     for layer in ends:
-        layer = tuple(np.roll(np.asarray(s), 1, axis=0) for s in layer)
-        for state in layer:
-            state[0] = 0.0
-        moved.append(layer)
+        h, c = (np.roll(np.asarray(state), 1, axis=0) for state in layer)
+        h[0] = c[0] = 0.0
+        moved.append((h, c))
     return moved
 
 

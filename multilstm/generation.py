@@ -118,7 +118,9 @@ def next_word_probabilities(
     logits = np.asarray(logits, np.float64)
     ranked = np.argsort(-logits, kind="stable")
     if temperature == 0:
-        return np.asarray(np.arange(len(logits)) == ranked[0], np.float64)
+        certain: NDArray[np.float64] = np.zeros_like(logits)
+        certain[ranked[0]] = 1
+        return certain
     scaled = (logits[ranked] - logits[ranked[0]]) / temperature
     probabilities = np.exp(scaled)  # from the most likely word down
     if top_k is not None:
@@ -129,7 +131,7 @@ def next_word_probabilities(
         # The first word whose predecessors reach top_p is the first to go.
         probabilities[before >= top_p * (1 - 1e-12)] = 0
         probabilities /= probabilities.sum()
-    result = np.empty_like(probabilities)
+    result: NDArray[np.float64] = np.empty_like(probabilities)
     result[ranked] = probabilities
     return result
 

@@ -178,21 +178,25 @@ class LSTM(keras.layers.Layer):
         sequence = self.input_dropout(sequence, training=training)
         if self.go_backwards:
             sequence = ops.flip(sequence, axis=1)
-        carrying = self.carried is not None and initial_state is None
-        if carrying:
-            initial_state = self.carried.read(sequence)
+        carried = self.carried if initial_state is None else None
+        if carried is not None:
+            initial_state = carried.read(sequence)
         elif initial_state is None:
             initial_state = self.get_initial_state(ops.shape(sequence)[0])
+        h0, c0 = (
+            ops.cast(state, self.compute_dtype) for state in initial_state
+        )
         bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
         y, h, c = lstm(
             sequence,
-            *(ops.cast(state, self.compute_dtype) for state in initial_state),
+            h0,
+            c0,
             ops.convert_to_tensor(self.kernel),
             ops.convert_to_tensor(self.recurrent_kernel),
             ops.cast(ops.convert_to_tensor(bias), self.compute_dtype),
         )
-        if carrying:
-            self.carried.write(h, c)
+        if carried is not None:
+            carried.write(h, c)
         output = y if self.return_sequences else h
         return (output, h, c) if self.return_state else output
 
@@ -207,18 +211,18 @@ class LSTM(keras.layers.Layer):
             self.carried.reset()
 
     def compute_output_shape(
-        self, sequence_shape: tuple[int | None, ...], **_: Any
+        self, sequence_shape: tuple[int | None, ...], **states: Any
     ) -> Any:
         batch_size, time, _ = sequence_shape
         state = (batch_size, self.units)
-        output = (
-            (batch_size, time, self.units) if self.return_sequences else state
-        )
+        output: tuple[int | None, ...] = state
+        if self.return_sequences:
+            output = (batch_size, time, self.units)
         return (output, state, state) if self.return_state else output
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
-        objects = {
+        objects: dict[str, Any] = {
             f"{weight}_{role}": serialize(getattr(self, f"{weight}_{role}"))
             for weight in ("kernel", "recurrent", "bias")
             for role in ("initializer", "regularizer", "constraint")

@@ -1,7 +1,10 @@
 """Ids -> logits: embedding, LSTM layers, projection, with dropout between.
 
-token_ids -> Embedding -> dropout -> LSTM -> dropout -> ... -> LSTM
--> dropout -> logits over the vocabulary
+    token_ids -> Embedding -> Dropout -> LSTM -> Dropout -> LSTM -> Dropout
+    (batch, time)                                -> logits over the vocabulary
+
+The dropouts are those of Zaremba et al.: between layers, never inside the
+recurrence.
 """
 
 from typing import Any
@@ -117,7 +120,7 @@ class LanguageModel(keras.Model):
                 "`tied_embeddings` needs embedding_dim == units; received "
                 f"{embedding_dim} and {units}. Make them equal."
             )
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
             "units": units,
             "num_layers": num_layers,
@@ -216,7 +219,7 @@ class LanguageModel(keras.Model):
         training: bool | None = None,
     ) -> Any:
         x = self.embedding(token_ids)  # (batch, time, embedding_dim)
-        states = initial_state or [None] * len(self.lstms)
+        states: Any = initial_state or [None] * len(self.lstms)
         final_state = []
         for dropout, layer, state in zip(
             self.dropouts[:-1], self.lstms, states, strict=True

@@ -21,6 +21,7 @@ import keras
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from multilstm.errors import UserError
 from multilstm.files import (
@@ -145,7 +146,7 @@ def draw_curves(histories: dict[str, History]) -> Figure:
                 label=f"{name}, {split}",
             )
     axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     return figure

@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """The loss is no number any more."""
 
 
@@ -144,7 +144,9 @@ def train(
     return _finish(folder, model, data, settings, keeper, times)
 
 
-def load_run(path: str | Path) -> tuple[LanguageModel, Vocabulary, dict]:
+def load_run(
+    path: str | Path,
+) -> tuple[LanguageModel, Vocabulary, dict[str, Any]]:
     """Loads the best weights of a run, whichever backend trained it.
 
     Returns:
@@ -376,7 +378,7 @@ class _Keeper(keras.callbacks.Callback):
                 f"the checkpoint of epoch {len(self.history)} is kept in "
                 f"{self.folder.checkpoint}"
             )
-        raise Diverged(
+        raise DivergedError(
             f"The loss must stay a finite number; it became {value} in epoch "
             f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
             "rate or clip the gradients more."

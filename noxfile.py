@@ -1,0 +1,102 @@
+"""Sessions: each backend alone in an environment of its own.
+
+nox                    lint, types and the tests of the three backends
+nox -s train-jax       trains; what follows -- goes to `multilstm train`
+nox -s compare         the same preset from the same weights on all three
+nox -s coverage        the tests, and what they covered on all three together
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+BACKENDS = ("jax", "torch", "tensorflow")
+CONSTRAINTS = ("-c", "constraints.txt")
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = [
+    "lint",
+    "types",
+    *(f"test-{backend}" for backend in BACKENDS),
+]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+
+
+def install(session: nox.Session, *packages: str, group: str = "") -> None:
+    """Installs packages and a dependency group in their tested versions."""
+    if group:
+        packages += nox.project.dependency_groups(PROJECT, group)
+    session.install(*CONSTRAINTS, *packages)
+
+
+def install_backend(session: nox.Session, backend: str, group: str) -> None:
+    """Installs this project with one backend, and names it to Keras."""
+    install(session, "-e", f".[{backend}]", group=group)
+    session.env.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="2")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    install(session, group="lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    install(session, group="types")
+    session.run("mypy")
+
+
+def test(session: nox.Session, backend: str) -> None:
+    install_backend(session, backend, group="test")
+    session.env["COVERAGE_FILE"] = f".coverage.{backend}"
+    session.run(
+        *("coverage", "run", "-m", "pytest", *session.posargs),
+    )
+
+
+def train(session: nox.Session, backend: str) -> None:
+    install_backend(session, backend, group="")
+    session.run("multilstm", "train", *session.posargs)
+
+
+for _backend in BACKENDS:
+    for _function in (test, train):
+        nox.session(name=f"{_function.__name__}-{_backend}")(
+            lambda session, f=_function, b=_backend: f(session, b)
+        )
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """Trains on each backend whose test or train environment is there."""
+    install(session, "-e", ".", group="")
+    pythons = []
+    for backend in BACKENDS:
+        found = [
+            path
+            for kind in ("train", "test")
+            for name in ("bin/python", "Scripts/python.exe")
+            if (path := Path(".nox") / f"{kind}-{backend}" / name).exists()
+        ]
+        if found:
+            pythons += ["--python", f"{backend}={found[0].absolute()}"]
+        else:
+            session.log(
+                f"{backend} is left out, it has no environment yet: make it "
+                f"with nox -s test-{backend} --install-only"
+            )
+    session.run("multilstm", "compare", *pythons, *session.posargs)
+
+
+@nox.session(requires=[f"test-{backend}" for backend in BACKENDS])
+def coverage(session: nox.Session) -> None:
+    install(session, "coverage[toml]")
+    session.run("coverage", "combine", "--keep")
+    session.run("coverage", "report", *session.posargs)
+    if os.environ.get("CI") is None:
+        session.run("coverage", "html")
