@@ -57,3 +57,21 @@ def tutorial_batches(
             targets.append(list(ids[current + 1 : current + num_steps + 1]))
             current += skip_step
         yield inputs, targets
+
+
+def language_model(
+    weights: Sequence[NDArray[np.float32]], ids: NDArray[np.int32]
+) -> Array:
+    """Logits of rows that begin from zeros, from a model's `get_weights`.
+
+    The weights are the embeddings, three for each LSTM layer, then kernel and
+    bias of the projection, or its bias alone where the embeddings are tied.
+    """
+    embeddings, *rest = (weight.astype(np.float64) for weight in weights)
+    bias = rest.pop()
+    kernel = rest.pop() if len(rest) % 3 else embeddings.T
+    x = embeddings[ids]
+    for layer in range(0, len(rest), 3):
+        zeros = np.zeros((len(ids), len(rest[layer + 1])))
+        x, _, _ = lstm(x, zeros, zeros, *rest[layer : layer + 3])
+    return x @ kernel + bias

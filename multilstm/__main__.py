@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from multilstm.errors import UserError
+from multilstm.files import finite_or_none
 from multilstm.selection import (
     compare,
     parse_pythons,
     select_backend,
 )
 
+UnknownWords = Literal["error", "drop"]
 Run = Annotated[Path, tyro.conf.Positional]
 BackendName = Literal["jax", "torch", "tensorflow"]
 
@@ -68,6 +70,9 @@ class Train(OnBackend):
     """Stop after so many epochs without a better validation perplexity."""
     max_vocabulary: int | None = None
     """Keep so many of the most frequent words; the others are <unk>."""
+    unknown: UnknownWords | None = None
+    """What to do with words of valid and test that train has not, where the
+    vocabulary has no <unk>: error (default) or drop."""
     resume: bool = False
     """Go on from the checkpoint in --out, or start where there is none."""
 
@@ -128,6 +133,9 @@ class Corpus(Common):
     """Folder with downloaded corpora. Default: MULTILSTM_DATA."""
     max_vocabulary: int | None = None
     """Keep so many of the most frequent words; the others are <unk>."""
+    unknown: UnknownWords = "error"
+    """What to do with words of valid and test that train has not, where the
+    vocabulary has no <unk>."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -136,7 +144,7 @@ class Compare(Common):
 
     out: Path = Path("runs/compare")
     """Folder for the runs; runs that are there are gone on with."""
-    python: tuple[str, ...] = ()
+    python: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """BACKEND=PATH of the Python that has it, several times. Default: this
     Python, with every backend it has."""
     preset: str | None = None
@@ -169,7 +177,7 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
             f"test perplexity {result['test_perplexity']:.2f} (valid "
             f"{result['valid_perplexity']:.2f}, epoch {result['best_epoch']}; "
             f"unigram {result['test_unigram_perplexity']:.1f}), "
-            f"{result['tokens_per_second']:,.0f} tokens/s, in {result['run']}"
+            f"{_speed(result)}, in {result['run']}"
         )
     return result
 
@@ -265,6 +273,7 @@ def run_corpus(options: Corpus, console: Console) -> dict[str, Any]:
         options.name,
         data_folder=options.data,
         max_vocabulary=options.max_vocabulary,
+        unknown=options.unknown,
     )
     table = Table(title=f"{corpus.name}: {len(corpus.vocabulary):,} words")
     for heading in ("split", "tokens", "unigram perplexity", "begins"):
@@ -386,8 +395,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted")
     if options.json:
-        print(json.dumps(record))
+        print(json.dumps(finite_or_none(record), allow_nan=False))
     return 0
+
+
+def _speed(result: dict[str, Any]) -> str:
+    speed = result["tokens_per_second"]
+    return "speed not measured" if speed is None else f"{speed:,.0f} tokens/s"
 
 
 def _fail(message: str) -> int:

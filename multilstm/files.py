@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and read with clear errors."""
 
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -45,6 +46,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def finite_or_none(content: Any) -> Any:
+    """The same with None for every number that JSON has no word for.
+
+    >>> finite_or_none({"perplexity": math.inf, "history": [1.5]})
+    {'perplexity': None, 'history': [1.5]}
+    """
+    if isinstance(content, dict):
+        return {key: finite_or_none(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite_or_none(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def read_json(path: Path, *, schema: str) -> dict[str, Any]:

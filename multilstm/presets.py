@@ -86,6 +86,11 @@ class Preset:
             return self.clip_norm
         return self.clip_norm / self.sequence_length
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a batch."""
+        return self.batch_size * self.sequence_length
+
     def architecture(self) -> dict[str, Any]:
         """The arguments of `LanguageModel` that the preset fixes."""
         names = (

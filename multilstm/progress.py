@@ -43,8 +43,14 @@ class StepTimes(keras.callbacks.Callback):
         self._last = now
 
     def summary(self, tokens_per_step: int) -> dict[str, Any]:
-        """`tokens_per_second`, `step_time_ms`, `compile_time_seconds`."""
-        seconds = np.array(self.seconds or [self.first_seconds])
+        """`tokens_per_second`, `step_time_ms`, `compile_time_seconds`.
+
+        Each is None where too few steps were made to tell it.
+        """
+        if not self.seconds:
+            names = ("tokens_per_second", "step_time_ms")
+            return dict.fromkeys((*names, "compile_time_seconds"))
+        seconds = np.array(self.seconds)
         median = float(np.median(seconds))
         return {
             "tokens_per_second": round(tokens_per_step / seconds.mean(), 1),
@@ -65,13 +71,11 @@ class ProgressBar(keras.callbacks.Callback):
 
     Args:
         tokens_per_step: Tokens in a batch.
-        initial_epoch: Epochs that an earlier run has done.
     """
 
-    def __init__(self, tokens_per_step: int, initial_epoch: int = 0) -> None:
+    def __init__(self, tokens_per_step: int) -> None:
         super().__init__()
         self.tokens_per_step = tokens_per_step
-        self.initial_epoch = initial_epoch
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),

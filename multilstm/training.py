@@ -21,19 +21,20 @@ from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from multilstm import __version__
 from multilstm.corpus import NAMES, Corpus, load_corpus
 from multilstm.dataset import ContinuousStreams, NextWordWindows
 from multilstm.errors import UserError
 from multilstm.evaluation import PROTOCOL, Evaluator, evaluate
-from multilstm.files import replacing, write_json
+from multilstm.files import finite_or_none, read_json, replacing, write_json
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import LSTM_KERNEL, device_name
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.run_folder import RESULT_SCHEMA, History, RunFolder
-from multilstm.vocabulary import Vocabulary
+from multilstm.vocabulary import UnknownWords, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "patience": None,
     "max_vocabulary": None,
+    "unknown": "error",
 }
 
 
@@ -64,6 +66,7 @@ def train(
     seed: int | None = None,
     patience: int | None = None,
     max_vocabulary: int | None = None,
+    unknown: UnknownWords | None = None,
     data_folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -81,6 +84,7 @@ def train(
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
         max_vocabulary: Keep the most frequent words only; see `load_corpus`.
+        unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
         resume: Go on from the checkpoint in `out`, with the settings of its
             `config.json`; only `epochs` and `patience` may change. Without a
@@ -106,6 +110,7 @@ def train(
         "seed": seed,
         "patience": patience,
         "max_vocabulary": max_vocabulary,
+        "unknown": unknown,
     }
     given = {name: value for name, value in given.items() if value is not None}
     folder = RunFolder(out or _default_folder(given))
@@ -115,11 +120,7 @@ def train(
     else:
         settings = DEFAULTS | given
     plan = _plan(settings)
-    data = load_corpus(
-        settings["corpus"],
-        data_folder=data_folder,
-        max_vocabulary=settings["max_vocabulary"],
-    )
+    data = _load_corpus(settings, data_folder)
     model = _build(plan, data, settings["seed"])
     if resuming:
         _check_same_text(folder, data)
@@ -138,10 +139,13 @@ def train(
             },
             data.vocabulary,
         )
-    keeper = _Keeper(folder, Evaluator(model), data, history, settings)
+    if len(history) >= plan.epochs and folder.result.exists():
+        return read_json(folder.result, schema=RESULT_SCHEMA)
+    keeper = _Keeper(folder, Evaluator(model), data, history, plan, settings)
     times = StepTimes()
-    _fit(model, plan, data, keeper, times, progress=progress)
-    return _finish(folder, model, data, settings, keeper, times)
+    _fit(model, plan, _cut(plan, data.train), keeper, times, progress=progress)
+    speed = times.summary(plan.tokens_per_step)
+    return _finish(folder, model, data, settings, keeper, speed)
 
 
 def load_run(
@@ -156,7 +160,7 @@ def load_run(
         UserError: If the folder holds no run, or none that has weights yet.
     """
     folder = RunFolder(path)
-    config = folder.read_config()
+    config = DEFAULTS | folder.read_config()
     if not folder.best_weights.exists():
         raise UserError(
             f"{folder.path} has no {folder.best_weights.name} yet: no epoch "
@@ -183,11 +187,7 @@ def load_run_corpus(
     Raises:
         UserError: If its text is not the text that the run was trained on.
     """
-    corpus = load_corpus(
-        config["corpus"],
-        data_folder=data_folder,
-        max_vocabulary=config["max_vocabulary"],
-    )
+    corpus = _load_corpus(config, data_folder)
     if corpus.sha256 != config["corpus_sha256"]:
         raise UserError(
             f"The run was trained on a corpus {corpus.name!r} with another "
@@ -239,6 +239,17 @@ def peak_memory_mb() -> float:
 # Before training -----------------------------------------------------------
 
 
+def _load_corpus(
+    settings: dict[str, Any], data_folder: str | Path | None
+) -> Corpus:
+    return load_corpus(
+        settings["corpus"],
+        data_folder=data_folder,
+        max_vocabulary=settings["max_vocabulary"],
+        unknown=settings["unknown"],
+    )
+
+
 def _corpus_name(corpus: str | Path | None) -> str | None:
     if corpus is None or corpus in NAMES:
         return None if corpus is None else str(corpus)
@@ -255,7 +266,7 @@ def _default_folder(given: dict[str, Any]) -> Path:
 def _settings_to_resume(
     folder: RunFolder, given: dict[str, Any]
 ) -> dict[str, Any]:
-    config = folder.read_config()
+    config = DEFAULTS | folder.read_config()
     settings = {name: config[name] for name in DEFAULTS}
     for name, value in given.items():
         if name in ("epochs", "patience"):
@@ -292,6 +303,14 @@ def _build(plan: Preset, data: Corpus, seed: int) -> LanguageModel:
     return model
 
 
+def _cut(plan: Preset, token_ids: NDArray[np.int32]) -> keras.utils.PyDataset:
+    """The batches that a preset trains on."""
+    sizes = (plan.sequence_length, plan.batch_size)
+    if plan.carry_state:
+        return ContinuousStreams(token_ids, *sizes, drop_remainder=True)
+    return NextWordWindows(token_ids, *sizes)
+
+
 def _check_same_text(folder: RunFolder, data: Corpus) -> None:
     config = folder.read_config()
     if data.sha256 != config["corpus_sha256"]:
@@ -313,6 +332,7 @@ class _Keeper(keras.callbacks.Callback):
         evaluator: Evaluator,
         data: Corpus,
         history: History,
+        plan: Preset,
         settings: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -320,14 +340,16 @@ class _Keeper(keras.callbacks.Callback):
         self.evaluator = evaluator
         self.data = data
         self.history = history
+        self.tokens_per_step = plan.tokens_per_step
         self.patience = settings["patience"]
         self.interrupted = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._began = time.perf_counter()
-        self._tokens = 0
+        self._num_batches = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._num_batches += 1
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             self._stop_diverged(f"batch {batch + 1}", loss)
@@ -340,6 +362,7 @@ class _Keeper(keras.callbacks.Callback):
                 self._save_best()
             return
         seconds = time.perf_counter() - self._began
+        num_tokens = self._num_batches * self.tokens_per_step
         valid = self.evaluator(self.data.valid).perplexity
         if not math.isfinite(valid):
             self._stop_diverged("its validation", valid)
@@ -349,7 +372,7 @@ class _Keeper(keras.callbacks.Callback):
             "valid_perplexity": valid,
             "learning_rate": float(self.model.optimizer.learning_rate),
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(self.tokens_per_epoch / seconds, 1),
+            "tokens_per_second": round(num_tokens / seconds, 1),
         }
         logs.update(row)
         self.history.append(row)
@@ -393,24 +416,17 @@ def best_epoch(history: History) -> dict[str, float]:
 def _fit(
     model: LanguageModel,
     plan: Preset,
-    data: Corpus,
+    batches: keras.utils.PyDataset,
     keeper: _Keeper,
     times: StepTimes,
     *,
     progress: bool,
 ) -> None:
-    cut = (data.train, plan.sequence_length, plan.batch_size)
-    if plan.carry_state:
-        batches: Any = ContinuousStreams(*cut, drop_remainder=True)
-    else:
-        batches = NextWordWindows(*cut)
-    tokens_per_step = plan.batch_size * plan.sequence_length
-    keeper.tokens_per_epoch = len(batches) * tokens_per_step
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: plan.learning_rate_of(epoch)
     )
     callbacks = [schedule, times, keeper]
-    bar = ProgressBar(tokens_per_step)
+    bar = ProgressBar(plan.tokens_per_step)
     if progress:
         callbacks.append(bar)
     with _stop_on_interrupt(keeper):
@@ -456,10 +472,10 @@ def _finish(
     data: Corpus,
     settings: dict[str, Any],
     keeper: _Keeper,
-    times: StepTimes,
+    speed: dict[str, Any],
 ) -> dict[str, Any]:
     history = keeper.history
-    result = {
+    result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",
         "run": str(folder.path),
@@ -479,12 +495,12 @@ def _finish(
         "test_perplexity": None,
         "test_unigram_perplexity": data.unigram_perplexity("test"),
         "protocol": PROTOCOL,
-        **times.summary(keeper.tokens_per_epoch // keeper.params["steps"]),
+        **speed,
         "peak_memory_mb": peak_memory_mb(),
         "history": history,
     }
     if not keeper.interrupted:
         best, _, _ = load_run(folder.path)
         result["test_perplexity"] = evaluate(best, data.test).perplexity
-    write_json(folder.result, result)
+    write_json(folder.result, finite_or_none(result))
     return result

@@ -1,0 +1,136 @@
+"""The perplexity of one pass over a text, however it is cut."""
+
+import math
+
+import keras
+import numpy as np
+import oracles
+import pytest
+
+from multilstm import LanguageModel, evaluate
+from multilstm.errors import UserError
+from multilstm.evaluation import Evaluation, Evaluator
+
+V = 13
+WAYS_TO_CUT = [
+    {"batch_size": 1, "sequence_length": 300},
+    {"batch_size": 4, "sequence_length": 7},
+    {"batch_size": 5, "sequence_length": 1},
+    {"batch_size": 100, "sequence_length": 16},
+]
+
+
+@pytest.fixture
+def text(rng):
+    return rng.integers(V, size=283).astype(np.int32)
+
+
+def make_model(*, forget_bias=0.0, **arguments):
+    """Weights large enough for the state to matter, and dropout to be off."""
+    model = LanguageModel(
+        V, units=6, initializer_scale=0.9, output_dropout=0.5, **arguments
+    )
+    model.build((2, 5))
+    for lstm in model.lstms:
+        kernel, recurrent, bias = lstm.get_weights()
+        bias[6:12] += forget_bias
+        lstm.set_weights([kernel, recurrent, bias])
+    return model
+
+
+def single_pass(model, text):
+    """The mean nats of one row that holds the whole text, by NumPy."""
+    logits = oracles.language_model(model.get_weights(), text[None, :-1])
+    return math.log(oracles.perplexity(logits, text[1:]))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    WAYS_TO_CUT,
+    ids=lambda cut: ",".join(f"{name}={size}" for name, size in cut.items()),
+)
+def test_perplexity_is_that_of_one_pass(cut, text):
+    model = make_model()
+    result = evaluate(model, text, **cut)
+    assert result.num_tokens == len(text) - 1
+    # float32 logits, and states that may be 1e-4 off at a row's start.
+    np.testing.assert_allclose(
+        result.cross_entropy, single_pass(model, text), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("batch_size", [2, 20], ids="batch_size={}".format)
+def test_state_that_never_fades_is_carried_through(batch_size, text):
+    """No warm-up finds it: the rows must be read again, down to the last."""
+    model = make_model(forget_bias=20)
+    result = evaluate(model, text, batch_size=batch_size, sequence_length=10)
+    # float32 logits.
+    np.testing.assert_allclose(
+        result.cross_entropy, single_pass(model, text), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [2, 17, 33])
+def test_short_texts_are_read_whole(num_tokens, text):
+    model = make_model()
+    result = evaluate(model, text[:num_tokens], sequence_length=8)
+    assert result.num_tokens == num_tokens - 1
+    # float32 logits.
+    np.testing.assert_allclose(
+        result.cross_entropy, single_pass(model, text[:num_tokens]), rtol=2e-6
+    )
+
+
+def test_one_evaluator_measures_texts_with_the_weights_of_the_moment(text):
+    model = make_model()
+    evaluator = Evaluator(model, 4, 16)
+    evaluator(text)
+    model.set_weights([2 * weight for weight in model.get_weights()])
+    for part in (text, text[:100]):
+        # float32 logits.
+        np.testing.assert_allclose(
+            evaluator(part).cross_entropy, single_pass(model, part), rtol=2e-6
+        )
+
+
+def test_carried_state_is_neither_used_nor_changed(text):
+    model = make_model(carry_state=True)
+    model(text[:10].reshape(2, 5))
+    states = [v for lstm in model.lstms for v in lstm.carried.variables]
+    before = [keras.ops.convert_to_numpy(state).copy() for state in states]
+    assert all(np.abs(state).max() > 0.01 for state in before)
+    result = evaluate(model, text, batch_size=3)
+    # float32 logits.
+    np.testing.assert_allclose(
+        result.cross_entropy, single_pass(model, text), rtol=1e-6
+    )
+    for state, expected in zip(states, before, strict=True):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(state), expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([], "two words or more.*received 0"),
+        ([3], "two words or more.*received 1"),
+        ([3, V], f"knows {V} words; the text has the id {V}"),
+        ([3, -1], "the text has the id -1"),
+    ],
+    ids=str,
+)
+def test_texts_without_a_perplexity_are_refused(token_ids, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(make_model(), np.array(token_ids, np.int32))
+
+
+def test_figures_follow_from_the_totals():
+    result = Evaluation(total_nats=6 * math.log(2), num_tokens=3)
+    assert math.isclose(result.cross_entropy, 2 * math.log(2))
+    assert math.isclose(result.perplexity, 4)
+
+
+@pytest.mark.parametrize("nats", [1e3, 1e300, math.inf])
+def test_perplexity_beyond_floats_is_infinite(nats):
+    assert Evaluation(nats, 1).perplexity == math.inf

@@ -1,0 +1,392 @@
+"""LSTM and Embedding against Keras's own, and the state that lasts."""
+
+import keras
+import numpy as np
+import oracles
+import pytest
+
+from multilstm import LSTM, Embedding, ResetCarriedState
+from multilstm.errors import UserError
+from multilstm.layers import reset_carried_state
+
+BATCH, TIME, FEATURES, UNITS = 2, 3, 4, 5
+# float32, with sums in another order than Keras's or NumPy's.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((BATCH, TIME, FEATURES)).astype(np.float32)
+
+
+def numpy(outputs):
+    return [keras.ops.convert_to_numpy(o) for o in keras.tree.flatten(outputs)]
+
+
+def built(layer):
+    layer.build((BATCH, TIME, FEATURES))
+    return layer
+
+
+def arguments_id(arguments):
+    return ",".join(f"{k}={v}" for k, v in arguments.items()) or "defaults"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"return_sequences": True, "return_state": True},
+        {"go_backwards": True, "return_sequences": True},
+        {"use_bias": False},
+        {"unit_forget_bias": False, "bias_initializer": "ones"},
+    ],
+    ids=arguments_id,
+)
+def test_lstm_and_keras_lstm_take_each_others_weights(arguments, x):
+    ours = built(LSTM(UNITS, **arguments))
+    theirs = built(keras.layers.LSTM(UNITS, **arguments))
+    if arguments.get("use_bias", True):  # the biases are no random draw
+        np.testing.assert_array_equal(
+            ours.get_weights()[2], theirs.get_weights()[2]
+        )
+    ours.set_weights(theirs.get_weights())
+    for out, truth in zip(numpy(ours(x)), numpy(theirs(x)), strict=True):
+        np.testing.assert_allclose(out, truth, **CLOSE)
+    other = built(LSTM(UNITS, **arguments))
+    theirs.set_weights(other.get_weights())
+    for out, truth in zip(numpy(other(x)), numpy(theirs(x)), strict=True):
+        np.testing.assert_allclose(out, truth, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"return_sequences": True},
+        {"return_sequences": True, "go_backwards": True},
+        {"use_bias": False},
+        {
+            "kernel_regularizer": "l2",
+            "recurrent_regularizer": "l2",
+            "bias_regularizer": "l2",
+            "kernel_constraint": "non_neg",
+            "recurrent_constraint": "non_neg",
+            "bias_constraint": "non_neg",
+        },
+    ],
+    ids=["sequences", "go_backwards", "use_bias=False", "regularized"],
+)
+def test_one_training_step_is_keras_lstm_step(arguments, x, rng):
+    models = [
+        keras.Sequential(
+            [keras.Input((TIME, FEATURES)), layer(UNITS, **arguments)]
+        )
+        for layer in (keras.layers.LSTM, LSTM)
+    ]
+    start = models[0].get_weights()
+    y = rng.standard_normal(models[0].output_shape[1:])
+    y = np.stack([y] * BATCH).astype(np.float32)
+    for model in models:
+        model.set_weights(start)
+        model.compile(keras.optimizers.SGD(1.0), loss="mse")
+        model.train_on_batch(x, y)
+    for before, truth, ours in zip(
+        start, *(model.get_weights() for model in models), strict=True
+    ):
+        assert np.abs(truth - before).max() > 1e-3
+        np.testing.assert_allclose(ours, truth, **CLOSE)
+
+
+def test_dropout_has_one_mask_for_all_time_steps():
+    ones = np.ones((32, 4, 1), np.float32)
+    layer = LSTM(3, dropout=0.5, return_sequences=True, seed=1)
+    plain = LSTM(3, return_sequences=True)
+    dropped = numpy(layer(ones, training=True))[0]
+    plain.build(ones.shape)
+    plain.set_weights(layer.get_weights())
+    # A row has lost its one feature at every step or has it doubled.
+    lost, kept = numpy(plain(0 * ones))[0], numpy(plain(2 * ones))[0]
+    is_kept = np.isclose(dropped, kept, atol=1e-6).all(axis=(1, 2))
+    is_lost = np.isclose(dropped, lost, atol=1e-6).all(axis=(1, 2))
+    assert np.all(is_kept ^ is_lost)
+    assert 0 < is_kept.sum() < 32
+
+
+@pytest.mark.parametrize(
+    ("dropout", "training"), [(0.0, True), (0.5, False), (0.5, None)]
+)
+def test_dropout_zero_or_inference_changes_nothing(dropout, training, x):
+    layer = built(LSTM(UNITS, dropout=dropout))
+    plain = built(LSTM(UNITS))
+    plain.set_weights(layer.get_weights())
+    out = numpy(layer(x, training=training))[0]
+    np.testing.assert_array_equal(out, numpy(plain(x))[0])
+
+
+def test_config_brings_the_same_layer_back():
+    layer = LSTM(
+        UNITS,
+        use_bias=False,
+        kernel_initializer="he_normal",
+        recurrent_regularizer=keras.regularizers.L2(0.5),
+        bias_constraint="non_neg",
+        unit_forget_bias=False,
+        dropout=0.25,
+        return_sequences=True,
+        return_state=True,
+        go_backwards=True,
+        carry_state=True,
+        seed=4,
+        name="mine",
+    )
+    again = LSTM.from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+    assert again.recurrent_regularizer.l2 == 0.5
+
+
+@pytest.mark.parametrize(
+    "carry_state", [False, True], ids="carry_state={}".format
+)
+def test_saved_sequential_gives_the_same_output(carry_state, x, tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(BATCH, TIME, FEATURES)),
+            LSTM(UNITS, return_sequences=True, carry_state=carry_state),
+            keras.layers.TimeDistributed(keras.layers.Dense(7)),
+        ]
+    )
+    model.save(tmp_path / "model.keras")
+    expected = numpy(model(x))[0]
+    assert expected.shape == (BATCH, TIME, 7)
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(numpy(loaded(x))[0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"units": 0}, "`units` must be .* received 0"),
+        ({"units": 2.5}, "`units` must be .* received 2.5"),
+        ({"activation": "relu"}, "`activation` must be 'tanh'.*'relu'"),
+        ({"activation": keras.activations.relu}, "received 'relu'"),
+        ({"recurrent_activation": "tanh"}, "must be 'sigmoid'"),
+    ],
+)
+def test_what_the_lstm_cannot_do_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        LSTM(**{"units": UNITS} | arguments)
+
+
+# The carried state
+
+
+def carrying_model(batch_size=BATCH, dtype=None):
+    return keras.Sequential(
+        [
+            keras.Input(batch_shape=(batch_size, None, FEATURES)),
+            LSTM(
+                UNITS,
+                carry_state=True,
+                return_sequences=True,
+                unit_forget_bias=False,
+                bias_initializer=keras.initializers.Constant(3.0),
+                dtype=dtype,
+            ),
+            keras.layers.Dense(2),
+        ]
+    )
+
+
+@pytest.fixture
+def two_batches(rng):
+    """Four rows; the last two go on where the first two end."""
+    x = rng.standard_normal((2 * BATCH, TIME, FEATURES)).astype(np.float32)
+    y = rng.standard_normal((2 * BATCH, TIME, 2)).astype(np.float32)
+    return x, y
+
+
+def one_pass_loss(model, x, y, start=0.0):
+    """The mean squared error of reading both batches as one, by NumPy."""
+    x = np.concatenate([x[:BATCH], x[BATCH:]], axis=1)
+    y = np.concatenate([y[:BATCH], y[BATCH:]], axis=1)
+    *lstm, kernel, bias = model.get_weights()
+    state = np.full((BATCH, UNITS), start)
+    outputs, _, _ = oracles.lstm(x, state, state, *lstm)
+    return np.mean((outputs @ kernel + bias - y) ** 2)
+
+
+def test_carried_state_joins_batches_in_fit_and_evaluate(two_batches):
+    x, y = two_batches
+    model = carrying_model()
+    expected = one_pass_loss(model, x, y)
+    model.compile(keras.optimizers.SGD(0.0), loss="mse")
+    settings = {
+        "batch_size": BATCH,
+        "verbose": 0,
+        "callbacks": [ResetCarriedState()],
+    }
+    history = model.fit(
+        x, y, epochs=2, shuffle=False, validation_data=(x, y), **settings
+    ).history
+    evaluated = [model.evaluate(x, y, **settings) for _ in range(2)]
+    losses = [*history["loss"], *history["val_loss"], *evaluated]
+    # float32 means over batches.
+    np.testing.assert_allclose(losses, [expected] * 6, rtol=1e-5)
+
+
+def test_state_is_carried_until_it_is_reset(x):
+    layer = built(LSTM(UNITS, carry_state=True, return_state=True))
+    first = numpy(layer(x))[0]
+    second, h, c = numpy(layer(x))
+    assert np.abs(second - first).max() > 1e-3
+    weights = layer.get_weights()
+    zeros = np.zeros((BATCH, UNITS))
+    _, *middle = oracles.lstm(x, zeros, zeros, *weights)
+    _, *truth = oracles.lstm(x, *middle, *weights)
+    np.testing.assert_allclose([h, c], truth, **CLOSE)
+    layer.reset_state()
+    np.testing.assert_allclose(numpy(layer(x))[0], first, **CLOSE)
+
+
+class Wrapped(keras.layers.Layer):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapped, lambda layer: keras.Sequential([layer])],
+    ids=["layer", "model"],
+)
+def test_reset_reaches_lstms_inside_other_layers(wrap, x):
+    model = keras.Sequential([wrap(LSTM(UNITS, carry_state=True))])
+    first = numpy(model(x))[0]
+    reset_carried_state(model)
+    np.testing.assert_allclose(numpy(model(x))[0], first, **CLOSE)
+
+
+def test_training_carries_but_does_not_propagate_into_the_past(two_batches):
+    """The second step is a first step of Keras's LSTM from that state."""
+    x, y = two_batches
+    ours = carrying_model()
+    ours.compile(keras.optimizers.SGD(0.0), loss="mse")
+    ours.train_on_batch(x[:BATCH], y[:BATCH])
+    *lstm, _, _ = start = ours.get_weights()
+    zeros = np.zeros((BATCH, UNITS))
+    _, h, c = oracles.lstm(x[:BATCH], zeros, zeros, *lstm)
+    inputs = keras.Input((TIME, FEATURES))
+    states = [keras.Input((UNITS,)), keras.Input((UNITS,))]
+    hidden = keras.layers.LSTM(UNITS, return_sequences=True)(
+        inputs, initial_state=states
+    )
+    outputs = keras.layers.Dense(2)(hidden)
+    theirs = keras.Model([inputs, *states], outputs)
+    theirs.set_weights(start)
+    theirs.compile(keras.optimizers.SGD(1.0), loss="mse")
+    state_arrays = [h.astype(np.float32), c.astype(np.float32)]
+    theirs.train_on_batch([x[BATCH:], *state_arrays], y[BATCH:])
+    ours.optimizer.learning_rate = 1.0
+    ours.train_on_batch(x[BATCH:], y[BATCH:])
+    for mine, truth in zip(
+        ours.get_weights(), theirs.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(mine, truth, **CLOSE)
+
+
+def test_explicit_state_leaves_the_carried_one_alone(x):
+    layer = built(LSTM(UNITS, carry_state=True))
+    expected = numpy(layer(x))[0]
+    layer.reset_state()
+    ones = np.ones((BATCH, UNITS), np.float32)
+    layer(x, initial_state=(ones, ones))
+    np.testing.assert_allclose(numpy(layer(x))[0], expected, **CLOSE)
+
+
+def test_batches_of_another_size_are_refused(x):
+    layer = built(LSTM(UNITS, carry_state=True))
+    with pytest.raises(UserError, match="for 2 rows; received a batch of 1"):
+        layer(x[:1])
+    assert layer(x[:1], initial_state=layer.get_initial_state(1)) is not None
+
+
+def test_carrying_needs_a_known_batch_size():
+    with pytest.raises(UserError, match="needs the batch size"):
+        LSTM(UNITS, carry_state=True).build((None, TIME, FEATURES))
+
+
+def test_carried_state_is_no_weight(x, tmp_path):
+    carrying = carrying_model(batch_size=20)
+    assert [w.shape for w in carrying.get_weights()] == [
+        (FEATURES, 4 * UNITS),
+        (UNITS, 4 * UNITS),
+        (4 * UNITS,),
+        (UNITS, 2),
+        (2,),
+    ]
+    carrying(np.ones((20, TIME, FEATURES), np.float32))
+    carrying.save_weights(tmp_path / "x.weights.h5")
+    single = carrying_model(batch_size=1)
+    single.load_weights(tmp_path / "x.weights.h5")
+    for loaded, saved in zip(
+        single.get_weights(), carrying.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(loaded, saved)
+    # It starts from zeros, not from a state out of the file.
+    carrying.layers[0].reset_state()
+    rows = np.repeat(x[:1], 20, axis=0)
+    expected = numpy(carrying(rows))[0][:1]
+    np.testing.assert_allclose(numpy(single(x[:1]))[0], expected, **CLOSE)
+
+
+def test_carried_state_stays_float32_in_mixed_precision(x):
+    model = carrying_model(dtype="mixed_bfloat16")
+    layer = model.layers[0]
+    output = model(x)
+    carried = layer.carried.variables
+    assert {variable.dtype for variable in carried} == {"float32"}
+    assert [variable.shape for variable in carried] == [(BATCH, UNITS)] * 2
+    truth = carrying_model()
+    truth.set_weights(model.get_weights())
+    # bfloat16 keeps 8 bits.
+    np.testing.assert_allclose(
+        numpy(output)[0], numpy(truth(x))[0], rtol=0.05, atol=0.05
+    )
+
+
+# Embedding
+
+
+def test_embedding_is_keras_embedding(rng):
+    ids = rng.integers(9, size=(2, 3))
+    ours, theirs = Embedding(9, 4), keras.layers.Embedding(9, 4)
+    out = ours(ids)
+    theirs.build(ids.shape)
+    theirs.set_weights(ours.get_weights())
+    np.testing.assert_array_equal(numpy(out)[0], numpy(theirs(ids))[0])
+    again = Embedding.from_config(ours.get_config())
+    assert (again.input_dim, again.output_dim) == (9, 4)
+
+
+@pytest.mark.parametrize("clip", ["global_clipnorm", "clipnorm"])
+def test_repeated_words_are_clipped_by_the_true_norm(clip):
+    """Ids 1, 2, 2 and a gradient of ones over 4 columns, by hand.
+
+    Word 1 has the gradient 1, word 2 has 2, in 4 columns each; the norm is
+    sqrt(4 * 1 + 4 * 4) = 4.47, to be cut down to 1.
+    """
+    model = keras.Sequential(
+        [keras.Input((3,)), Embedding(4, 4, embeddings_initializer="zeros")]
+    )
+    model.compile(
+        keras.optimizers.SGD(1.0, **{clip: 1.0}),
+        loss=lambda y_true, y_pred: keras.ops.sum(y_pred),
+    )
+    ids = np.array([[1, 2, 2]])
+    model.train_on_batch(ids, np.zeros((1, 3, 4), np.float32))
+    expected = np.outer([0, -1, -2, 0], np.ones(4)) / np.sqrt(20)
+    # float32.
+    np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-6)

@@ -1,0 +1,325 @@
+"""The language model: logits, loss and perplexity against NumPy."""
+
+import math
+
+import keras
+import numpy as np
+import oracles
+import pytest
+
+from multilstm import ContinuousStreams, LanguageModel, Perplexity
+from multilstm.errors import UserError
+
+V = 11
+# float32 against float64, through two layers.
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def small_model(**arguments):
+    """Weights large enough that words and states matter."""
+    settings = {"units": 6, "initializer_scale": 0.8} | arguments
+    return LanguageModel(V, **settings)
+
+
+def numpy(tensor):
+    return keras.ops.convert_to_numpy(tensor)
+
+
+@pytest.fixture
+def ids(rng):
+    return rng.integers(V, size=(3, 5)).astype(np.int32)
+
+
+def text(rng, num_tokens):
+    return rng.integers(V, size=num_tokens).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_layers": 1},
+        {"num_layers": 3, "embedding_dim": 4},
+        {"tied_embeddings": True},
+        {"initializer_scale": None, "unit_forget_bias": False},
+    ],
+    ids=lambda a: ",".join(f"{k}={v}" for k, v in a.items()) or "defaults",
+)
+def test_logits_are_numpys(arguments, ids):
+    model = small_model(**arguments)
+    logits = numpy(model(ids))
+    assert logits.shape == (3, 5, V)
+    truth = oracles.language_model(model.get_weights(), ids)
+    np.testing.assert_allclose(logits, truth, **CLOSE)
+
+
+def test_tied_logits_have_no_kernel_of_their_own():
+    tied, untied = small_model(tied_embeddings=True), small_model()
+    for model in (tied, untied):
+        model.build((1, 1))
+    assert untied.count_params() - tied.count_params() == 6 * V
+
+
+def test_tied_embeddings_need_equal_sizes():
+    with pytest.raises(ValueError, match="embedding_dim == units; received 4"):
+        small_model(tied_embeddings=True, embedding_dim=4)
+
+
+@pytest.mark.parametrize(
+    "carry_state", [False, True], ids="carry_state={}".format
+)
+def test_state_handed_on_joins_two_halves(carry_state, ids):
+    model = small_model(carry_state=carry_state)
+    whole, final = model(
+        ids, initial_state=model.get_initial_state(3), return_state=True
+    )
+    first, middle = model(
+        ids[:, :2], initial_state=model.get_initial_state(3), return_state=True
+    )
+    second, end = model(ids[:, 2:], initial_state=middle, return_state=True)
+    halves = np.concatenate([numpy(first), numpy(second)], axis=1)
+    np.testing.assert_allclose(halves, numpy(whole), **CLOSE)
+    assert len(end) == 2
+    for pair, truth in zip(end, final, strict=True):
+        for state, expected in zip(pair, truth, strict=True):
+            np.testing.assert_allclose(numpy(state), numpy(expected), **CLOSE)
+
+
+def test_weights_are_the_draws_of_numpy():
+    """Bit for bit, so that every backend begins from the same model."""
+    model = LanguageModel(V, units=6, num_layers=1, seed=3)
+    model.build((1, 1))
+    embeddings, kernel, recurrent, bias, projection, last = model.get_weights()
+
+    def draw(limit, place, shape):
+        generator = np.random.default_rng([3, *place])
+        return generator.uniform(-limit, limit, shape).astype(np.float32)
+
+    np.testing.assert_array_equal(embeddings, draw(0.05, [0], (V, 6)))
+    glorot = math.sqrt(6 / (6 + 24))
+    np.testing.assert_array_equal(kernel, draw(glorot, [1, 0, 0], (6, 24)))
+    # float32 rounding.
+    np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(6), atol=1e-6)
+    np.testing.assert_array_equal(bias, np.repeat([0, 1, 0, 0], 6))
+    glorot = math.sqrt(6 / (6 + V))
+    np.testing.assert_array_equal(projection, draw(glorot, [2, 0], (6, V)))
+    np.testing.assert_array_equal(last, np.zeros(V))
+
+
+def test_initializer_scale_draws_every_weight_and_bias():
+    model = small_model(initializer_scale=0.1)
+    model.build((1, 1))
+    for weight in model.get_weights():
+        assert 0.05 < np.abs(weight).max() <= np.float32(0.1)
+        assert len(np.unique(weight)) == weight.size
+
+
+@pytest.mark.parametrize("place", ["input", "hidden", "output"])
+def test_dropout_acts_in_training_alone(place, ids):
+    model = small_model(**{f"{place}_dropout": 0.5})
+    plain = numpy(model(ids))
+    expected = oracles.language_model(model.get_weights(), ids)
+    np.testing.assert_allclose(plain, expected, **CLOSE)
+    dropped = numpy(model(ids, training=True))
+    assert np.abs(dropped - plain).max() > 0.01
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "carry_state", [False, True], ids="carry_state={}".format
+)
+def test_fit_reports_the_mean_nll_and_its_perplexity(carry_state, rng):
+    """With a rate of 0; where the state is carried, rows are read through."""
+    token_ids = text(rng, 2 * 24 + 1)
+    streams = ContinuousStreams(token_ids, 3, 2, drop_remainder=True)
+    model = small_model(carry_state=carry_state)
+    model.compile(keras.optimizers.SGD(0.0))
+    history = model.fit(
+        streams, epochs=2, verbose=0, validation_data=streams
+    ).history
+    rows = (-1, 24) if carry_state else (-1, 3)
+    expected = oracles.perplexity(
+        oracles.language_model(
+            model.get_weights(), token_ids[:-1].reshape(rows)
+        ),
+        token_ids[1:],
+    )
+    evaluated = model.evaluate(streams, verbose=0, return_dict=True)
+    figures = [
+        *np.exp(history["loss"]),
+        *history["perplexity"],
+        *np.exp(history["val_loss"]),
+        *history["val_perplexity"],
+        math.exp(evaluated["loss"]),
+        evaluated["perplexity"],
+    ]
+    # float32 sums over batches.
+    np.testing.assert_allclose(figures, [expected] * 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [25, 40, 42], ids="tokens={}".format)
+def test_evaluate_counts_each_token_of_uneven_rows_once(num_tokens, rng):
+    token_ids = text(rng, num_tokens)
+    streams = ContinuousStreams(token_ids, 5, 3)
+    model = small_model(carry_state=True)
+    model.compile()
+    got = model.evaluate(streams, verbose=0, return_dict=True)
+    length = -(-(num_tokens - 1) // 3)
+    logits = [
+        oracles.language_model(
+            model.get_weights(), token_ids[:-1][None, start : start + length]
+        )[0]
+        for start in range(0, num_tokens - 1, length)
+    ]
+    expected = oracles.perplexity(np.concatenate(logits), token_ids[1:])
+    # float32 sums over batches.
+    np.testing.assert_allclose(got["perplexity"], expected, rtol=1e-5)
+
+
+def test_carrying_model_fits_arrays_in_order(rng):
+    token_ids = text(rng, 2 * 12 + 1)
+    streams = ContinuousStreams(token_ids, 3, 2, drop_remainder=True)
+    inputs = np.concatenate([batch[0] for batch in streams])
+    targets = np.concatenate([batch[1] for batch in streams])
+    model = small_model(carry_state=True)
+    model.compile(keras.optimizers.SGD(0.0))
+    history = model.fit(inputs, targets, batch_size=2, verbose=0).history
+    logits = oracles.language_model(
+        model.get_weights(), token_ids[:-1].reshape(2, 12)
+    )
+    expected = oracles.perplexity(logits, token_ids[1:])
+    # float32 sums over batches.
+    np.testing.assert_allclose(history["perplexity"], [expected], rtol=1e-5)
+
+
+def test_own_loss_gives_the_gradients_of_keras_loss(ids):
+    targets = np.roll(ids, -1, axis=1)
+    own, stock = small_model(), small_model()
+    own.compile(keras.optimizers.SGD(1.0))
+    stock.compile(
+        keras.optimizers.SGD(1.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    own.build(ids.shape)
+    start = own.get_weights()
+    for model in (own, stock):
+        model.train_on_batch(ids, targets)
+    for before, ours, theirs in zip(
+        start, own.get_weights(), stock.get_weights(), strict=True
+    ):
+        assert np.abs(ours - before).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
+
+
+def test_users_loss_and_metrics_are_used(ids):
+    targets = np.roll(ids, -1, axis=1)
+    model = small_model()
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["sparse_categorical_accuracy", Perplexity(name="mine")],
+    )
+    got = model.evaluate(ids, targets, verbose=0, return_dict=True)
+    logits = oracles.language_model(model.get_weights(), ids)
+    expected = oracles.perplexity(logits, targets)
+    # float32.
+    np.testing.assert_allclose(math.exp(got["loss"]), expected, rtol=1e-5)
+    np.testing.assert_allclose(got["mine"], expected, rtol=1e-5)
+    accuracy = np.mean(logits.argmax(axis=-1) == targets)
+    np.testing.assert_allclose(
+        got["sparse_categorical_accuracy"], accuracy, rtol=1e-5
+    )
+    # The model's own metric is right too, or it is silent.
+    np.testing.assert_allclose(
+        got.get("perplexity", expected), expected, rtol=1e-5
+    )
+
+
+def test_perplexity_weighs_tokens():
+    """Words of probability 1/2 and 1/8, by hand: exp(ln(2 * 8) / 2) = 4."""
+    metric = Perplexity()
+    half = np.log([[[0.5, 0.5], [0.25, 0.75]]]).astype(np.float32)
+    eighth = np.log([[[0.125, 0.875]]]).astype(np.float32)
+    metric.update_state(
+        np.array([[0, 0]]), half, sample_weight=np.array([[1.0, 0.0]])
+    )
+    metric.update_state(np.array([[0]]), eighth)
+    # float32.
+    np.testing.assert_allclose(float(metric.result()), 4.0, rtol=1e-6)
+    metric.reset_state()
+    metric.update_state(np.array([[0, 0]]), half)
+    np.testing.assert_allclose(float(metric.result()), math.sqrt(8), rtol=1e-6)
+
+
+def test_regularizers_are_part_of_the_loss(ids):
+    model = small_model()
+    model.lstms[0].kernel_regularizer = keras.regularizers.L2(1.0)
+    model.compile()
+    got = model.evaluate(ids, ids, verbose=0, return_dict=True)
+    penalty = np.sum(model.get_weights()[1].astype(float) ** 2)
+    # float32.
+    np.testing.assert_allclose(
+        got["loss"], math.log(got["perplexity"]) + penalty, rtol=1e-5
+    )
+
+
+def test_compile_takes_the_optimizer_of_the_preset():
+    model = LanguageModel.from_preset(
+        "zaremba_small", vocabulary_size=V, units=6, embedding_dim=6
+    )
+    assert model.carry_state
+    model.compile()
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+    assert float(model.optimizer.learning_rate) == 20.0
+    assert model.optimizer.global_clipnorm == 0.25
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(UserError, match="received 'zaremba'"):
+        LanguageModel.from_preset("zaremba", vocabulary_size=V)
+
+
+def test_dtype_is_that_of_every_layer():
+    model = small_model(dtype="mixed_bfloat16")
+    model.build((1, 1))
+    parts = [model.embedding, *model.lstms, *model.dropouts, model.projection]
+    assert {layer.compute_dtype for layer in parts} == {"bfloat16"}
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"carry_state": True},
+        {"tied_embeddings": True, "output_dropout": 0.5, "preset": "small"},
+    ],
+    ids=lambda a: ",".join(a) or "defaults",
+)
+def test_saved_model_gives_the_same_logits(arguments, ids, tmp_path):
+    model = small_model(seed=9, **arguments)
+    model.compile()
+    model.train_on_batch(ids, ids)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.get_config() == model.get_config()
+    start = model.get_initial_state(3)
+    np.testing.assert_allclose(
+        numpy(loaded(ids, initial_state=start)),
+        numpy(model(ids, initial_state=start)),
+        **CLOSE,
+    )
+    got = loaded.evaluate(ids, ids, verbose=0, return_dict=True)
+    assert set(got) == {"loss", "perplexity"}
+
+
+def test_weights_of_a_carrying_model_fit_any_batch_size(ids, tmp_path):
+    model, other = small_model(carry_state=True), small_model(seed=1)
+    expected = numpy(model(ids))
+    model.save_weights(tmp_path / "a.weights.h5")
+    other.build((1, 1))
+    other.load_weights(tmp_path / "a.weights.h5")
+    np.testing.assert_allclose(numpy(other(ids)), expected, **CLOSE)

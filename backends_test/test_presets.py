@@ -1,0 +1,136 @@
+"""The numbers of the sources, by hand, and what is made of them."""
+
+import keras
+import numpy as np
+import pytest
+
+from multilstm import PRESETS, LanguageModel
+from multilstm.errors import UserError
+from multilstm.model import make_optimizer
+from multilstm.presets import find_preset
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        # Rate 1 for a loss summed over 20 steps, halved from epoch 4 on.
+        ("zaremba_small", {0: 20, 3: 20, 4: 10, 5: 5, 12: 20 / 512}),
+        # Times 0.8 from epoch 6 on, over 35 steps.
+        ("zaremba_medium", {0: 35, 5: 35, 6: 28, 7: 22.4, 8: 17.92}),
+        # Divided by 1.15 from epoch 14 on: 35 / 1.15 = 30.434783.
+        ("zaremba_large", {0: 35, 13: 35, 14: 30.434783, 15: 26.465028}),
+        ("tutorial", {0: 0.001, 49: 0.001}),
+    ],
+)
+def test_learning_rate_of_each_epoch(name, rates):
+    preset = PRESETS[name]
+    got = [preset.learning_rate_of(epoch) for epoch in rates]
+    # Written to 8 digits.
+    np.testing.assert_allclose(got, list(rates.values()), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("zaremba_small", 5 / 20),
+        ("zaremba_medium", 5 / 35),
+        ("zaremba_large", 10 / 35),
+        ("small", 1.0),
+        ("tutorial", None),
+    ],
+)
+def test_norm_is_scaled_only_for_losses_summed_over_time(name, norm):
+    assert PRESETS[name].clip_norm_of_mean() == norm
+
+
+@pytest.mark.parametrize("size", [0.01, 100.0], ids="size={}".format)
+@pytest.mark.parametrize("name", ["zaremba_small", "zaremba_large"])
+def test_optimizer_steps_as_the_source_does_on_its_summed_loss(name, size, rng):
+    preset = PRESETS[name]
+    summed = [size * rng.standard_normal(shape) for shape in ((3, 2), (4,))]
+    norm = np.sqrt(sum(np.sum(gradient**2) for gradient in summed))
+    clip = min(1.0, preset.clip_norm / norm)
+    variables = [keras.Variable(np.zeros_like(g)) for g in summed]
+    optimizer = make_optimizer(preset)
+    optimizer.build(variables)
+    of_mean = [g.astype(np.float32) / preset.sequence_length for g in summed]
+    optimizer.apply([keras.ops.convert_to_tensor(g) for g in of_mean])
+    for variable, gradient in zip(variables, summed, strict=True):
+        step = keras.ops.convert_to_numpy(variable)
+        # float32; the source's rate is 1.
+        np.testing.assert_allclose(step, -clip * gradient, rtol=1e-5)
+
+
+def test_tutorial_is_the_tutorials_stack(rng):
+    assert PRESETS["tutorial"].architecture() == {
+        "units": 500,
+        "num_layers": 2,
+        "embedding_dim": 500,
+        "input_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "output_dropout": 0.5,
+        "tied_embeddings": False,
+        "initializer_scale": None,
+        "unit_forget_bias": True,
+        "carry_state": False,
+    }
+    model = LanguageModel.from_preset(
+        "tutorial", vocabulary_size=30, units=6, embedding_dim=6
+    )
+    ids = rng.integers(30, size=(3, 4))
+    logits = keras.ops.convert_to_numpy(model(ids))
+    stack = keras.Sequential(
+        [
+            keras.layers.Embedding(30, 6),
+            keras.layers.LSTM(6, return_sequences=True),
+            keras.layers.LSTM(6, return_sequences=True),
+            keras.layers.Dropout(0.5),
+            keras.layers.TimeDistributed(keras.layers.Dense(30)),
+        ]
+    )
+    stack.build(ids.shape)
+    stack.set_weights(model.get_weights())
+    truth = keras.ops.convert_to_numpy(stack(ids))
+    # float32 sums in another order.
+    np.testing.assert_allclose(logits, truth, rtol=1e-5, atol=1e-6)
+
+
+def count_by_formula(vocabulary_size, preset):
+    total = vocabulary_size * preset.embedding_dim
+    features = preset.embedding_dim
+    for _ in range(preset.num_layers):
+        total += 4 * preset.units * (features + preset.units + 1)
+        features = preset.units
+    if not preset.tied_embeddings:
+        total += vocabulary_size * features
+    return total + vocabulary_size
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("zaremba_small", 4_651_600),
+        ("zaremba_medium", 19_775_200),
+        ("zaremba_large", 66_022_000),
+    ],
+)
+def test_published_models_have_the_published_size(name, parameters):
+    assert count_by_formula(10_000, PRESETS[name]) == parameters
+
+
+@pytest.mark.parametrize("name", ["small", "zaremba_small"])
+def test_models_have_as_many_parameters_as_the_formula_says(name):
+    model = LanguageModel.from_preset(name, vocabulary_size=50)
+    model.build((1, 1))
+    assert model.count_params() == count_by_formula(50, PRESETS[name])
+
+
+def test_unknown_preset_is_refused_with_the_names_there_are():
+    with pytest.raises(UserError, match=r"zaremba_small.*received 'samll'"):
+        find_preset("samll")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_goes_by_its_name_and_has_a_source(name):
+    assert find_preset(name).name == name
+    assert find_preset(name).source
