@@ -114,12 +114,13 @@ class Evaluator:
                 "A perplexity needs two words or more, one to predict the "
                 f"other from; received {len(token_ids)}."
             )
-        if int(token_ids.max()) >= self.model.vocabulary_size:
-            raise UserError(
-                f"The model knows {self.model.vocabulary_size} words; the "
-                f"text has the id {token_ids.max()}. Encode it with the "
-                "vocabulary of the model's run."
-            )
+        for unknown in (token_ids.min(), token_ids.max()):
+            if not 0 <= unknown < self.model.vocabulary_size:
+                raise UserError(
+                    f"The model knows {self.model.vocabulary_size} words; the "
+                    f"text has the id {unknown}. Encode it with the "
+                    "vocabulary of the model's run."
+                )
         # Short texts in fewer rows, so that a row is not mostly warm-up.
         rows = max(1, min(self.batch_size, len(token_ids) // 16))
         streams = ContinuousStreams(token_ids, self.sequence_length, rows)

@@ -71,7 +71,7 @@ class LSTM(keras.layers.Layer):
 
     Example:
     >>> layer = LSTM(4, return_sequences=True)
-    >>> layer(np.zeros((2, 3, 5), "float32")).shape
+    >>> tuple(layer(np.zeros((2, 3, 5), "float32")).shape)
     (2, 3, 4)
     >>> [w.shape for w in layer.get_weights()]
     [(5, 16), (4, 16), (16,)]
@@ -133,7 +133,9 @@ class LSTM(keras.layers.Layer):
         self.carry_state = carry_state
         self.seed = seed
         self.dropout = dropout
-        self.input_dropout = keras.layers.SpatialDropout1D(dropout, seed=seed)
+        self.input_dropout = keras.layers.SpatialDropout1D(
+            dropout, seed=seed, dtype=self.dtype_policy
+        )
         self.carried = _CarriedState(name="carried") if carry_state else None
 
     def build(self, sequence_shape: tuple[int | None, ...]) -> None:
@@ -270,6 +272,8 @@ class _CarriedState(keras.layers.Layer):
             )
             for name in ("h", "c")
         )
+        for variable in (self.h, self.c):
+            variable.is_carried_state = True
 
     @property
     def weights(self) -> list[Any]:
@@ -301,9 +305,7 @@ class _CarriedState(keras.layers.Layer):
             variable.assign(ops.stop_gradient(ops.cast(state, "float32")))
 
     def reset(self) -> None:
-        if self.built:
-            for variable in (self.h, self.c):
-                variable.assign(np.zeros(variable.shape, np.float32))
+        reset_carried_state(self)
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -315,7 +317,7 @@ class Embedding(keras.layers.Embedding):
     list. Here the gradient is dense, the same on every backend.
 
     Example:
-    >>> Embedding(10, 4)(np.array([[1, 2, 2]])).shape
+    >>> tuple(Embedding(10, 4)(np.array([[1, 2, 2]])).shape)
     (1, 3, 4)
     """
 
@@ -343,11 +345,13 @@ class ResetCarriedState(keras.callbacks.Callback):
 
 def reset_carried_state(model: Any) -> None:
     """Sets the carried state of every LSTM inside `model` to zero."""
-    for layer in getattr(model, "layers", []):
-        if isinstance(layer, LSTM):
-            layer.reset_state()
-        elif isinstance(layer, keras.Model):
-            reset_carried_state(layer)
+    for variable in carried_state_of(model):
+        variable.assign(np.zeros(variable.shape, np.float32))
+
+
+def carried_state_of(model: Any) -> list[Any]:
+    """The variables of every carried state inside `model`, however deep."""
+    return [v for v in model.variables if getattr(v, "is_carried_state", False)]
 
 
 def _check_activation(argument: str, activation: Any, needed: str) -> None:

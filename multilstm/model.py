@@ -91,7 +91,7 @@ class LanguageModel(keras.Model):
 
     Example:
     >>> model = LanguageModel(10, units=4, num_layers=1)
-    >>> model(np.array([[1, 2, 3]])).shape
+    >>> tuple(model(np.array([[1, 2, 3]])).shape)
     (1, 3, 10)
     """
 
@@ -156,10 +156,13 @@ class LanguageModel(keras.Model):
             vocabulary_size,
             embedding_dim,
             embeddings_initializer=initializer("uniform", 0),
+            dtype=self.dtype_policy,
             name="embedding",
         )
         self.dropouts = [
-            keras.layers.Dropout(rate, seed=seed + place)
+            keras.layers.Dropout(
+                rate, seed=seed + place, dtype=self.dtype_policy
+            )
             for place, rate in enumerate(
                 [input_dropout]
                 + [hidden_dropout] * (num_layers - 1)
@@ -176,6 +179,7 @@ class LanguageModel(keras.Model):
                 return_sequences=True,
                 return_state=True,
                 carry_state=carry_state,
+                dtype=self.dtype_policy,
                 name=f"lstm_{i + 1}",
             )
             for i in range(num_layers)
@@ -185,9 +189,11 @@ class LanguageModel(keras.Model):
             kernel_initializer=initializer("glorot_uniform", 2, 0),
             bias_initializer=bias_initializer(2, 1),
             tied_to=self.embedding if tied_embeddings else None,
+            dtype=self.dtype_policy,
             name="projection",
         )
         self.perplexity = Perplexity()
+        self.uses_own_loss = True
 
     @classmethod
     def from_preset(
@@ -249,6 +255,20 @@ class LanguageModel(keras.Model):
         if optimizer is None and self.preset is not None:
             optimizer = make_optimizer(find_preset(self.preset))
         super().compile(optimizer or keras.optimizers.Adam(), **kwargs)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """As `keras.Model.compile_from_config`, for a `compile` of our own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self) -> list[Any]:
+        metrics: list[Any] = super().metrics
+        if self.uses_own_loss:
+            return metrics
+        # It is counted beside the own loss alone, from the same softmax.
+        return [m for m in metrics if m is not self.perplexity]
 
     def compute_loss(
         self,
