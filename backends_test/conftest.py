@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,49 @@ def own_cache(
 def rng() -> np.random.Generator:
     """Random numbers, the same in every run."""
     return np.random.default_rng(20140911)
+
+
+@pytest.fixture
+def corpus_folder(tmp_path: Path) -> Path:
+    """A corpus of sentences with a rule: letters go on in their order."""
+    generator = np.random.default_rng(5)
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for split, num_lines in (("train", 120), ("valid", 15), ("test", 10)):
+        lines = [
+            " ".join("abcdefgh"[(first + i) % 8] for i in range(length))
+            for first, length in generator.integers(1, 8, (num_lines, 2))
+        ]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a preset that trains in a second, with all that `small` has.
+
+    Two names go with it: `tiny_windows` has no carried state, `tiny_wild` a
+    learning rate with which the loss is soon no number.
+    """
+    from multilstm import PRESETS
+
+    small = PRESETS["small"]
+    changes = {
+        "units": 8,
+        "embedding_dim": 8,
+        "batch_size": 3,
+        "sequence_length": 5,
+        "learning_rate": 0.03,
+        "epochs": 3,
+    }
+    for name, others in (
+        ("tiny", {}),
+        ("tiny_windows", {"carry_state": False}),
+        (
+            "tiny_wild",
+            {"optimizer": "sgd", "learning_rate": 1e30, "clip_norm": None},
+        ),
+    ):
+        preset = replace(small, name=name, **changes | others)
+        monkeypatch.setitem(PRESETS, name, preset)
+    return "tiny"

@@ -167,12 +167,7 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
         del arguments[name]
     data = arguments.pop("data")
     result = train(**arguments, data_folder=data)
-    if result["status"] == "interrupted":
-        console.print(
-            f"stopped after {result['epochs']} epochs; go on with: multilstm "
-            f"train --out {result['run']} --resume"
-        )
-    else:
+    if result["status"] == "finished":
         console.print(
             f"test perplexity {result['test_perplexity']:.2f} (valid "
             f"{result['valid_perplexity']:.2f}, epoch {result['best_epoch']}; "
@@ -391,11 +386,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(f"{error.strerror}: {error.filename}")
+        return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
     if options.json:
         print(json.dumps(finite_or_none(record), allow_nan=False))
+    if record.get("status") == "interrupted":
+        return _fail(
+            f"interrupted after {record['epochs']} epochs, nothing is lost; "
+            f"go on with: multilstm train --out {record['run']} --resume"
+        )
     return 0
 
 

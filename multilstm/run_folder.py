@@ -2,8 +2,8 @@
 
     config.json           what was asked for          vocabulary.json
     history.csv           one row an epoch            curves.png
-    checkpoint/last.npz   to go on from, after each epoch: weights, optimizer,
-                          random state, history
+    checkpoint/last.npz   to go on from: weights, optimizer, carried state,
+                          random state, position in the data, history
     best.weights.h5       the weights with the lowest validation perplexity
     result.json           the figures, when training has ended
 
@@ -14,6 +14,7 @@ renamed. None is a pickle.
 import csv
 import io
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ CHECKPOINT_SCHEMA = "multilstm-checkpoint-1"
 RESULT_SCHEMA = "multilstm-result-1"
 
 History = list[dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        history: One row for each epoch that is done.
+        num_batches: Batches done of the epoch after those.
+        seconds: What these batches took.
+    """
+
+    history: History = field(default_factory=list)
+    num_batches: int = 0
+    seconds: float = 0.0
 
 
 class RunFolder:
@@ -91,18 +107,18 @@ class RunFolder:
         with replacing(self.curves) as temporary:
             draw_curves({self.path.name: history}).savefig(temporary, dpi=120)
 
-    def save_checkpoint(self, model: Any, history: History) -> None:
+    def save_checkpoint(self, model: Any, reached: Progress) -> None:
         """Writes everything that training goes on from, in one file."""
         arrays = {
             name: keras.ops.convert_to_numpy(variable)
             for name, variable in _state_of(model).items()
         }
-        about = {"schema": CHECKPOINT_SCHEMA, "history": history}
+        about = {"schema": CHECKPOINT_SCHEMA, **asdict(reached)}
         with replacing(self.checkpoint) as temporary:
             np.savez(temporary, about=json.dumps(about), **arrays)
 
-    def load_checkpoint(self, model: Any) -> History:
-        """Brings a compiled model back to where it was; its history.
+    def load_checkpoint(self, model: Any) -> Progress:
+        """Brings a compiled model back to where it was, and tells how far.
 
         Raises:
             UserError: If the file is missing, broken or of another model.
@@ -125,8 +141,7 @@ class RunFolder:
             )
         for name, variable in state.items():
             variable.assign(arrays[name])
-        history: History = about["history"]
-        return history
+        return Progress(**about)
 
 
 def draw_curves(histories: dict[str, History]) -> Figure:
@@ -154,7 +169,11 @@ def draw_curves(histories: dict[str, History]) -> Figure:
 
 def _state_of(model: Any) -> dict[str, Any]:
     """Every variable that training goes on from, under its place's name."""
-    groups = {"model": model.variables, "optimizer": model.optimizer.variables}
+    groups = {
+        "model": model.variables,
+        "optimizer": model.optimizer.variables,
+        "metrics": model.metrics_variables,
+    }
     return {
         f"{group}/{number}": variable
         for group, variables in groups.items()
@@ -163,9 +182,10 @@ def _state_of(model: Any) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
+        arrays = {name: npz[name] for name in npz.files}
     about = json.loads(str(arrays.pop("about")))
-    if about.get("schema") != CHECKPOINT_SCHEMA:
-        raise ValueError(f"its schema is {about.get('schema')!r}")
+    schema = about.pop("schema", None)
+    if schema != CHECKPOINT_SCHEMA:
+        raise ValueError(f"its schema is {schema!r}")
     return about, arrays

@@ -2,8 +2,9 @@
 
 The training itself is `keras.Model.fit`. What is here are the callbacks that
 a long run needs: after each epoch the exact validation perplexity, history,
-checkpoint and best weights are on the disk; a run that is stopped, by a
-person or by a loss that is no number, leaves what it had.
+best weights and a checkpoint are on the disk, and a checkpoint again every few
+minutes within an epoch and when a person stops the run. What is gone on from a
+checkpoint ends as if it had never been stopped.
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ from multilstm.errors import UserError
 from multilstm.evaluation import PROTOCOL, Evaluator, evaluate
 from multilstm.files import finite_or_none, read_json, replacing, write_json
 from multilstm.model import LanguageModel, make_optimizer
-from multilstm.ops import LSTM_KERNEL, device_name
+from multilstm.ops import LSTM_KERNEL, device_name, sync_variables
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
-from multilstm.run_folder import RESULT_SCHEMA, History, RunFolder
+from multilstm.run_folder import RESULT_SCHEMA, History, Progress, RunFolder
 from multilstm.vocabulary import UnknownWords, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "max_vocabulary": None,
     "unknown": "error",
 }
+
+
+# Within an epoch, so that a crash costs no more than this.
+_SECONDS_BETWEEN_CHECKPOINTS = 300
 
 
 class DivergedError(UserError):
@@ -122,13 +127,12 @@ def train(
     plan = _plan(settings)
     data = _load_corpus(settings, data_folder)
     model = _build(plan, data, settings["seed"])
+    begun = Progress()
     if resuming:
         _check_same_text(folder, data)
-        history = (
-            folder.load_checkpoint(model) if folder.checkpoint.exists() else []
-        )
+        if folder.checkpoint.exists():
+            begun = folder.load_checkpoint(model)
     else:
-        history = []
         folder.create(
             settings
             | {
@@ -139,13 +143,22 @@ def train(
             },
             data.vocabulary,
         )
-    if len(history) >= plan.epochs and folder.result.exists():
+    if len(begun.history) >= plan.epochs and folder.result.exists():
         return read_json(folder.result, schema=RESULT_SCHEMA)
-    keeper = _Keeper(folder, Evaluator(model), data, history, plan, settings)
+    batches = _cut(plan, data.train)
+    keeper = _Keeper(
+        folder,
+        Evaluator(model),
+        data,
+        begun,
+        plan=plan,
+        steps_per_epoch=len(batches),
+        patience=settings["patience"],
+    )
     times = StepTimes()
-    _fit(model, plan, _cut(plan, data.train), keeper, times, progress=progress)
+    _fit(model, batches, keeper, times, progress=progress)
     speed = times.summary(plan.tokens_per_step)
-    return _finish(folder, model, data, settings, keeper, speed)
+    return _finish(model, settings, keeper, speed)
 
 
 def load_run(
@@ -324,51 +337,75 @@ def _check_same_text(folder: RunFolder, data: Corpus) -> None:
 
 
 class _Keeper(keras.callbacks.Callback):
-    """After each epoch: validation, history, best weights, checkpoint."""
+    """Keeps on the disk what a run has reached.
+
+    After each epoch validation, history, best weights and a checkpoint;
+    within one a checkpoint from time to time.
+    """
 
     def __init__(
         self,
         folder: RunFolder,
         evaluator: Evaluator,
         data: Corpus,
-        history: History,
+        begun: Progress,
+        *,
         plan: Preset,
-        settings: dict[str, Any],
+        steps_per_epoch: int,
+        patience: int | None,
     ) -> None:
         super().__init__()
         self.folder = folder
         self.evaluator = evaluator
         self.data = data
-        self.history = history
-        self.tokens_per_step = plan.tokens_per_step
-        self.patience = settings["patience"]
-        self.interrupted = False
+        self.history = begun.history
+        self.num_batches = begun.num_batches
+        self.seconds = begun.seconds
+        self.plan = plan
+        self.steps_per_epoch = steps_per_epoch
+        self.patience = patience
+        self.asked_to_stop = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a person stopped the run before its end."""
+        return self.asked_to_stop and len(self.history) < self.plan.epochs
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._began = time.perf_counter()
-        self._num_batches = 0
+        if self.num_batches:
+            # Keras and the reset of carried states began an epoch; this one
+            # goes on in its middle.
+            self.folder.load_checkpoint(self.model)
+        self._saved = time.perf_counter()
+        self._began = self._saved - self.seconds
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._num_batches += 1
+        self.num_batches += 1
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            self._stop_diverged(f"batch {batch + 1}", loss)
-        if self.interrupted:
+            self._stop_diverged(f"batch {self.num_batches}", loss)
+        if self.asked_to_stop:
             self.model.stop_training = True
+        elif self.num_batches == self.steps_per_epoch:
+            return  # the checkpoint of the whole epoch is about to be made
+        elif time.perf_counter() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS:
+            sync_variables(self.model)
+            self._save_checkpoint()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if self.interrupted:
+        if self.num_batches < self.steps_per_epoch:  # asked to stop
+            self._save_checkpoint()
             if not self.folder.best_weights.exists():
                 self._save_best()
             return
         seconds = time.perf_counter() - self._began
-        num_tokens = self._num_batches * self.tokens_per_step
+        num_tokens = self.num_batches * self.plan.tokens_per_step
         valid = self.evaluator(self.data.valid).perplexity
         if not math.isfinite(valid):
             self._stop_diverged("its validation", valid)
         row = {
             "epoch": epoch + 1,
-            "train_perplexity": math.exp(logs["loss"]),
+            "train_perplexity": float(logs["perplexity"]),
             "valid_perplexity": valid,
             "learning_rate": float(self.model.optimizer.learning_rate),
             "seconds": round(seconds, 3),
@@ -376,14 +413,22 @@ class _Keeper(keras.callbacks.Callback):
         }
         logs.update(row)
         self.history.append(row)
+        self.num_batches, self.seconds = 0, 0.0
         if best_epoch(self.history) == row:
             self._save_best()
         self.folder.write_history(self.history)
-        self.folder.save_checkpoint(self.model, self.history)
+        self._save_checkpoint()
         if self.patience is not None:
             since_best = epoch + 1 - best_epoch(self.history)["epoch"]
             if since_best >= self.patience:
                 self.model.stop_training = True
+
+    def _save_checkpoint(self) -> None:
+        self._saved = time.perf_counter()
+        if self.num_batches:
+            self.seconds = self._saved - self._began
+        reached = Progress(self.history, self.num_batches, self.seconds)
+        self.folder.save_checkpoint(self.model, reached)
 
     def _save_best(self) -> None:
         # Of a twin that was never compiled: Keras would save the optimizer
@@ -415,32 +460,54 @@ def best_epoch(history: History) -> dict[str, float]:
 
 def _fit(
     model: LanguageModel,
-    plan: Preset,
     batches: keras.utils.PyDataset,
     keeper: _Keeper,
     times: StepTimes,
     *,
     progress: bool,
 ) -> None:
+    plan = keeper.plan
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: plan.learning_rate_of(epoch)
     )
-    callbacks = [schedule, times, keeper]
-    bar = ProgressBar(plan.tokens_per_step)
-    if progress:
-        callbacks.append(bar)
+    bars = [ProgressBar(plan.tokens_per_step)] if progress else []
+
+    def fit(batches: keras.utils.PyDataset, epochs: int) -> None:
+        model.fit(
+            batches,
+            epochs=epochs,
+            initial_epoch=len(keeper.history),
+            shuffle=False,
+            verbose=0,
+            callbacks=[schedule, times, keeper, *bars],
+        )
+
     with _stop_on_interrupt(keeper):
         try:
-            model.fit(
-                batches,
-                epochs=plan.epochs,
-                initial_epoch=len(keeper.history),
-                shuffle=False,
-                verbose=0,
-                callbacks=callbacks,
-            )
+            if keeper.num_batches:
+                rest = _Rest(batches, keeper.num_batches)
+                fit(rest, len(keeper.history) + 1)
+                if model.stop_training:
+                    return
+            fit(batches, plan.epochs)
         finally:
-            bar.close()
+            for bar in bars:
+                bar.close()
+
+
+class _Rest(keras.utils.PyDataset):
+    """The batches of a dataset from a certain one on."""
+
+    def __init__(self, batches: keras.utils.PyDataset, first: int) -> None:
+        super().__init__()
+        self.batches = batches
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.first
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[self.first + index]
 
 
 @contextmanager
@@ -449,7 +516,7 @@ def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         logger.warning("Stopping after this batch; Ctrl-C again: at once")
-        keeper.interrupted = True
+        keeper.asked_to_stop = True
         signal.signal(signal.SIGINT, before)
 
     try:
@@ -467,14 +534,12 @@ def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
 
 
 def _finish(
-    folder: RunFolder,
     model: LanguageModel,
-    data: Corpus,
     settings: dict[str, Any],
     keeper: _Keeper,
     speed: dict[str, Any],
 ) -> dict[str, Any]:
-    history = keeper.history
+    folder, data, history = keeper.folder, keeper.data, keeper.history
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",

@@ -6,10 +6,15 @@ is the oracle for whatever replaces it on one of them.
 
 import keras
 
-from multilstm.ops.reference import device_name, embedding_lookup, lstm
+from multilstm.ops.reference import (
+    device_name,
+    embedding_lookup,
+    lstm,
+    sync_variables,
+)
 
 if keras.config.backend() == "jax":
-    from multilstm.ops.jax import device_name
+    from multilstm.ops.jax import device_name, sync_variables
 elif keras.config.backend() == "torch":
     from multilstm.ops.torch import device_name
 elif keras.config.backend() == "tensorflow":
@@ -17,4 +22,10 @@ elif keras.config.backend() == "tensorflow":
 
 LSTM_KERNEL = f"{lstm.__module__}.{lstm.__name__}"
 
-__all__ = ["LSTM_KERNEL", "device_name", "embedding_lookup", "lstm"]
+__all__ = [
+    "LSTM_KERNEL",
+    "device_name",
+    "embedding_lookup",
+    "lstm",
+    "sync_variables",
+]

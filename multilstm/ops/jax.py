@@ -1,8 +1,15 @@
 """What only JAX can say."""
 
+from typing import Any
+
 import jax
 
 from multilstm.ops import reference
+
+
+def sync_variables(model: Any) -> None:
+    """Brings a model's variables up to date within `fit`."""
+    model.jax_state_sync()
 
 
 def device_name() -> str:

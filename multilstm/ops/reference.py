@@ -61,6 +61,13 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
     return ops.take(table, token_ids, axis=0)
 
 
+def sync_variables(model: Any) -> None:
+    """Brings a model's variables up to date within `fit`; here they are.
+
+    JAX's compiled step keeps the values to itself until the epoch ends.
+    """
+
+
 def device_name() -> str:
     """The processor's name, where no framework knows of a better device."""
     information = Path("/proc/cpuinfo")

@@ -1,0 +1,344 @@
+"""The commands: what they print, how they end, what --json gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from multilstm import PRESETS, evaluate, load_corpus, load_run
+from multilstm.__main__ import main
+
+PROJECT = Path(__file__).parent.parent
+BACKEND = keras.config.backend()
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command; its exit status, its lines, and what it complains of."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_folder(command, tiny, corpus_folder, tmp_path):
+    """A folder with a trained run."""
+    out = tmp_path / "run"
+    arguments = ("train", "--preset", tiny, "--corpus", corpus_folder)
+    status, _, _ = command(*arguments, "--out", out, "--epochs", 1)
+    assert status == 0
+    return out
+
+
+def record(lines):
+    return json.loads(lines[-1])
+
+
+def test_train_prints_what_the_result_says(
+    command, tiny, corpus_folder, tmp_path
+):
+    out = tmp_path / "run"
+    status, lines, err = command(
+        *("train", "--preset", tiny, "--corpus", corpus_folder),
+        *("--out", out, "--epochs", 2, "--json"),
+    )
+    assert status == 0
+    result = json.loads((out / "result.json").read_text())
+    assert record(lines) == result
+    assert lines[0] == f"backend: {BACKEND} (KERAS_BACKEND)"
+    assert f"test perplexity {result['test_perplexity']:.2f}" in lines[-2]
+    for epoch in (1, 2):  # the progress goes to stderr
+        assert f"epoch {epoch}/2: perplexity train" in err
+
+
+def test_train_says_how_to_go_on_after_an_interrupt(
+    command, tiny, corpus_folder, tmp_path, monkeypatch
+):
+    from multilstm import training
+
+    def interrupt(self, batch, logs=None):
+        os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(training.StepTimes, "on_train_batch_end", interrupt)
+    out = tmp_path / "run"
+    arguments = ["train", "--preset", tiny, "--corpus", corpus_folder]
+    status, lines, err = command(*arguments, "--out", out, "--json")
+    assert status == 1
+    assert record(lines)["status"] == "interrupted"
+    assert err.splitlines()[-1] == (
+        "error: interrupted after 0 epochs, nothing is lost; "
+        f"go on with: multilstm train --out {out} --resume"
+    )
+    monkeypatch.undo()
+    monkeypatch.setenv("MULTILSTM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(PRESETS, tiny, _preset_of(out))
+    status, lines, _ = command("train", "--out", out, "--resume", "--json")
+    assert status == 0
+    assert record(lines)["epochs"] == 3
+
+
+def _preset_of(run):
+    config = json.loads((run / "config.json").read_text())
+    return type(PRESETS["small"])(**config["preset_settings"])
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_evaluate_measures_the_split(split, command, run_folder):
+    status, lines, _ = command(
+        "evaluate", run_folder, "--split", split, "--json"
+    )
+    assert status == 0
+    model, _, config = load_run(run_folder)
+    corpus = load_corpus(config["corpus"])
+    measured = evaluate(model, corpus.split(split))
+    got = record(lines)
+    # Another compilation of the same model.
+    np.testing.assert_allclose(
+        got[f"{split}_perplexity"], measured.perplexity, rtol=1e-6
+    )
+    assert got["num_tokens"] == len(corpus.split(split)) - 1
+    assert got["split"] == split
+    assert got["backend"] == BACKEND
+    assert f"{split} perplexity {measured.perplexity:.4f}" in lines[-2]
+
+
+def test_evaluate_gives_6_digits_for_any_cut(command, run_folder):
+    figures = []
+    for rows, length in ((20, 64), (1, 7), (3, 200)):
+        _, lines, _ = command(
+            *("evaluate", run_folder, "--json"),
+            *("--batch-size", rows, "--sequence-length", length),
+        )
+        figures.append(record(lines)["test_perplexity"])
+    # The promise of the command.
+    np.testing.assert_allclose(figures[1:], figures[0], rtol=5e-7)
+
+
+def test_predict_prints_actual_beside_predicted_words(command, run_folder):
+    status, lines, _ = command(
+        "predict", run_folder, "--start", 3, "--num-words", 4, "--json"
+    )
+    assert status == 0
+    got = record(lines)
+    _, vocabulary, config = load_run(run_folder)
+    corpus = load_corpus(config["corpus"])
+    printed = [line.split(":") for line in lines[1:-1]]
+    for split, title in (("train", "Training data"), ("test", "Test data")):
+        actual = vocabulary.decode(corpus.split(split)[3:7])
+        assert got[split]["actual"] == actual
+        assert len(got[split]["predicted"]) == 4
+        assert all(word in vocabulary for word in got[split]["predicted"])
+        at = printed.index([title, ""])
+        heading, words = printed[at + 1]
+        assert heading == "Actual words"
+        assert words.split() == actual
+        heading, words = printed[at + 2]
+        assert heading == "Predicted words"
+        assert words.split() == got[split]["predicted"]
+
+
+def test_generate_continues_the_prompt_and_names_unknown_words(
+    command, run_folder
+):
+    arguments = [
+        "generate",
+        run_folder,
+        "--prompt",
+        "a b [bold]zebra",
+        "--json",
+    ]
+    status, lines, _ = command(*arguments, "--max-new-tokens", 5)
+    assert status == 0
+    got = record(lines)
+    assert got["prompt"] == ["a", "b"]
+    assert got["unknown_words"] == ["[bold]zebra"]
+    assert len(got["words"]) == 5
+    assert "Not in the vocabulary: [bold]zebra" in lines
+    assert lines[-2] == " ".join(["a", "b", *got["words"]])
+    again = record(command(*arguments, "--max-new-tokens", 5)[1])
+    assert again == got
+    other = record(command(*arguments, "--max-new-tokens", 5, "--seed", 7)[1])
+    assert other["words"] != got["words"]
+
+
+def test_generate_passes_its_settings_on(command, run_folder):
+    texts = [
+        record(command("generate", run_folder, "--json", *arguments)[1])[
+            "words"
+        ]
+        for arguments in (
+            ["--temperature", 0],
+            ["--top-k", 1],
+            ["--top-p", 1e-6],
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_corpus_tells_what_is_in_a_folder(command, corpus_folder):
+    status, lines, _ = command("corpus", corpus_folder, "--json")
+    assert status == 0
+    got = record(lines)
+    corpus = load_corpus(corpus_folder)
+    assert got["vocabulary_size"] == len(corpus.vocabulary) == 9
+    words = (corpus_folder / "train.txt").read_text().replace("\n", " <eos> ")
+    train = got["splits"]["train"]
+    assert train["num_tokens"] == len(words.split())
+    assert train["first_words"] == words.split()[:5]
+    assert train["words_100_to_109"] == words.split()[100:110]
+    assert train["first_ids"] == corpus.train[:5].tolist()
+    assert any(f"{train['num_tokens']:,}" in line for line in lines)
+
+
+# Mistakes: one line, no traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "samll"], "received 'samll'"),
+        (["train", "--corpus", "no/such"], "no/such"),
+        (["train", "--epochs", "0"], "`epochs` must be at least 1"),
+        (["evaluate", "no/such/run"], "must be the folder of a run"),
+        (["predict", "no/such/run"], "must be the folder of a run"),
+        (["generate", "no/such/run"], "must be the folder of a run"),
+        (["corpus", "no/such/folder"], "no/such/folder"),
+        (["compare", "--python", "jax=no/such"], "BACKEND=PATH"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_ends_with_1_and_one_line(
+    arguments, message, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    status, lines, err = command(*arguments, "--json")
+    assert status == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not any(line.startswith("{") for line in lines)
+    assert list(tmp_path.glob("runs")) == []
+
+
+def test_failure_of_the_disk_is_one_line(
+    command, tiny, corpus_folder, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    status, _, err = command(
+        *("train", "--preset", tiny, "--corpus", corpus_folder),
+        *("--out", tmp_path / "file" / "run"),
+    )
+    assert status == 1
+    assert err.startswith("error: ")
+    assert str(tmp_path / "file") in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train", "--epochs", "many"],
+        ["train", "--no-such-option"],
+        ["evaluate"],
+        ["train", "--backend", "theano"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(arguments, command):
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train", "evaluate", "predict", "generate", "corpus", "compare"],
+)
+def test_every_command_explains_itself(name, command):
+    status, lines, _ = command(name, "--help")
+    assert status == 0
+    assert any("--json" in line for line in lines)
+
+
+# The real thing, in processes of their own
+
+
+def in_a_process(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONWARNINGS": "default"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+
+def test_command_runs_from_the_shell(corpus_folder, tmp_path):
+    train = in_a_process(
+        *("-m", "multilstm", "train", "--corpus", corpus_folder),
+        *("--epochs", 1, "--backend", BACKEND, "--json"),
+        cwd=tmp_path,
+    )
+    assert train.returncode == 0, train.stderr
+    assert train.stdout.startswith(f"backend: {BACKEND} (--backend)")
+    out = Path("runs") / f"small-letters-{BACKEND}"
+    result = json.loads((tmp_path / out / "result.json").read_text())
+    assert record(train.stdout.splitlines()) == result
+    refused = in_a_process("-m", "multilstm", "evaluate", "none", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert "must be the folder of a run" in refused.stderr
+
+
+def test_tutorial_script_ends_with_perplexity_and_a_sentence(
+    corpus_folder, tmp_path
+):
+    for split in ("train", "test"):  # it shows words 70 to 79
+        path = corpus_folder / f"{split}.txt"
+        path.write_text("The a b c d\n" * 60)
+    (corpus_folder / "valid.txt").write_text("The a b c d\n")
+    done = in_a_process(
+        *(PROJECT / "examples" / "train.py", "--corpus", corpus_folder),
+        *("--epochs", 2, "--out", tmp_path / "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test perplexity " in done.stdout
+    last = done.stdout.splitlines()[-1].split()
+    assert last[:2] == ["generated:", "The"]
+    assert set(last[2:]) <= {"The", "a", "b", "c", "d", "<eos>"}
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_script_with_a_model_of_ones_own_runs(corpus_folder, tmp_path):
+    done = in_a_process(
+        *(PROJECT / "examples" / "your_own_model.py", "--units", 8),
+        *("--num-steps", 3, "--batch-size", 4, "--corpus", corpus_folder),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    actual, predicted = done.stdout.splitlines()[-2:]
+    assert actual.startswith("Actual words:")
+    assert len(predicted.removeprefix("Predicted words:").split()) == 4
+
+
+def test_tutorial_script_fits_on_a_page():
+    lines = (PROJECT / "examples" / "train.py").read_text().splitlines()
+    assert len(lines) < 80

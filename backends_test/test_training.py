@@ -1,0 +1,426 @@
+"""Runs: what they leave, how they are stopped, and how they go on."""
+
+import csv
+import json
+import signal
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+
+from multilstm import PRESETS, Vocabulary, evaluate, load_corpus, load_run
+from multilstm import train as train_run
+from multilstm import training as training_module
+from multilstm.errors import UserError
+from multilstm.run_folder import RunFolder
+from multilstm.training import (
+    DivergedError,
+    best_epoch,
+    load_run_corpus,
+    weights_sha256,
+)
+
+# The same run on the same machine; threads may sum in another order.
+SAME = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture
+def train(tiny, corpus_folder, tmp_path):
+    """`train` with the smallest preset and corpus, into `tmp_path / out`."""
+
+    def run(out="run", **arguments):
+        arguments = {"preset": tiny, "corpus": corpus_folder} | arguments
+        return train_run(out=tmp_path / out, progress=False, **arguments)
+
+    return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Makes a run raise an exception right after its n-th checkpoint."""
+
+    def stop_after(number, exception=MemoryError):
+        save, saved = RunFolder.save_checkpoint, []
+
+        def save_and_stop(self, model, reached):
+            save(self, model, reached)
+            saved.append(reached.num_batches)
+            if len(saved) == number:
+                monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+                raise exception
+
+        monkeypatch.setattr(RunFolder, "save_checkpoint", save_and_stop)
+        return saved
+
+    return stop_after
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Sends SIGINT, as Ctrl-C does, after the n-th batch of a run."""
+
+    def interrupt_at(number, times=1):
+        step, steps = training_module.StepTimes.on_train_batch_end, []
+
+        def step_and_interrupt(self, batch, logs=None):
+            step(self, batch, logs)
+            steps.append(batch)
+            if len(steps) == number:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(
+            training_module.StepTimes, "on_train_batch_end", step_and_interrupt
+        )
+
+    return interrupt_at
+
+
+def figures(result):
+    """What must not depend on how often a run was stopped."""
+    names = ("train_perplexity", "valid_perplexity", "learning_rate")
+    rows = [[row[name] for name in names] for row in result["history"]]
+    return [*np.ravel(rows), result["test_perplexity"]]
+
+
+# What a run leaves
+
+
+def test_run_learns_the_rule_of_its_text(train):
+    result = train(epochs=8)
+    first, *_, last = result["history"]
+    assert last["train_perplexity"] < first["train_perplexity"]
+    # A letter follows from the one before, a sentence's end does not.
+    assert result["test_perplexity"] < result["test_unigram_perplexity"] / 2
+
+
+def test_run_folder_holds_what_the_result_says(train, corpus_folder, tmp_path):
+    result = train()
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "best.weights.h5",
+        "checkpoint",
+        "config.json",
+        "curves.png",
+        "history.csv",
+        "result.json",
+        "vocabulary.json",
+    }
+    assert json.loads((folder / "result.json").read_text()) == result
+    with (folder / "history.csv").open() as file:
+        rows = [
+            {name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    assert rows == result["history"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    corpus = load_corpus(corpus_folder)
+    assert Vocabulary.load(folder / "vocabulary.json") == corpus.vocabulary
+    config = json.loads((folder / "config.json").read_text())
+    assert config["corpus_sha256"] == corpus.sha256
+    assert config["preset_settings"]["units"] == 8
+
+
+def test_result_record_has_what_the_contract_names(train):
+    result = train(epochs=1)
+    assert result["schema"] == "multilstm-result-1"
+    assert result["status"] == "finished"
+    assert result["backend"] == keras.config.backend()
+    assert result["versions"]["keras"] == keras.__version__
+    assert result["versions"][result["backend"]]
+    assert result["precision"] == "float32"
+    assert result["preset"] == "tiny"
+    assert result["corpus"] == "letters"
+    assert result["seed"] == 0
+    assert result["kernel"].startswith("multilstm.ops.")
+    assert result["tokens_per_second"] > 0
+    assert set(result["step_time_ms"]) == {"median", "p20", "p80", "min"}
+    assert result["compile_time_seconds"] >= 0
+    assert result["peak_memory_mb"] > 0
+    assert result["device"].strip()
+    assert "state carried" in result["protocol"]
+
+
+def test_figures_are_those_of_the_best_weights(train, tmp_path):
+    result = train(seed=3)
+    model, vocabulary, config = load_run(tmp_path / "run")
+    corpus = load_run_corpus(config)
+    assert corpus.vocabulary == vocabulary
+    best = best_epoch(result["history"])
+    for split, figure in (
+        ("valid", best["valid_perplexity"]),
+        ("valid", result["valid_perplexity"]),
+        ("test", result["test_perplexity"]),
+    ):
+        measured = evaluate(model, corpus.split(split)).perplexity
+        # Another compilation of the same model.
+        np.testing.assert_allclose(figure, measured, rtol=1e-6)
+    assert result["best_epoch"] == best["epoch"]
+
+
+def test_best_weights_are_not_the_last_where_the_last_are_worse(
+    train, tmp_path, monkeypatch
+):
+    """The rate of the third epoch ruins the model."""
+    rates = {0: 0.01, 1: 0.01, 2: 10.0}
+    monkeypatch.setattr(
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e: rates[e]
+    )
+    result = train()
+    perplexities = [row["valid_perplexity"] for row in result["history"]]
+    assert perplexities[1] < perplexities[0] < perplexities[2]
+    assert result["best_epoch"] == 2
+    model, _, config = load_run(tmp_path / "run")
+    measured = evaluate(model, load_run_corpus(config).valid).perplexity
+    # Another compilation of the same model.
+    np.testing.assert_allclose(measured, perplexities[1], rtol=1e-6)
+
+
+def test_rates_are_those_of_the_presets_schedule(train, monkeypatch):
+    preset = replace(
+        PRESETS["tiny"], learning_rate=0.1, learning_rate_decay=0.5
+    )
+    monkeypatch.setitem(PRESETS, "tiny", replace(preset, decay_after=1))
+    rates = [row["learning_rate"] for row in train()["history"]]
+    # float32.
+    np.testing.assert_allclose(rates, [0.1, 0.05, 0.025], rtol=1e-6)
+
+
+def test_one_seed_gives_the_same_initial_weights(train):
+    checksums = [
+        train(out, epochs=1, seed=seed)["initial_weights_sha256"]
+        for out, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert checksums[0] == checksums[1] != checksums[2]
+
+
+def test_checksum_of_weights_changes_with_one_bit():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    before = weights_sha256(model)
+    kernel, bias = model.get_weights()
+    kernel[0, 0] = np.nextafter(kernel[0, 0], np.float32(9))
+    model.set_weights([kernel, bias])
+    assert weights_sha256(model) != before
+
+
+def test_sizes_replace_those_of_the_preset(train):
+    result = train(epochs=1, batch_size=2, sequence_length=4)
+    history = result["history"]
+    assert len(history) == 1
+    config = json.loads(
+        (RunFolder(result["run"]).path / "config.json").read_text()
+    )
+    assert config["preset_settings"]["batch_size"] == 2
+    assert config["preset_settings"]["sequence_length"] == 4
+
+
+def test_nothing_is_printed_without_progress(train, capfd):
+    train(epochs=1)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
+    rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
+    monkeypatch.setattr(
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e: rates[e]
+    )
+    result = train(epochs=9, patience=2)
+    assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
+    assert result["best_epoch"] == 1
+    assert result["status"] == "finished"
+
+
+# Going on
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny_windows"])
+def test_run_that_goes_on_ends_as_one_that_never_stopped(preset, train):
+    expected = train("whole", preset=preset)
+    train("parts", preset=preset, epochs=1)
+    parts = train("parts", preset=preset, epochs=3, resume=True)
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+    best, *_ = load_run(parts["run"])
+    truth, *_ = load_run(expected["run"])
+    for weight, other in zip(
+        best.get_weights(), truth.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(weight, other, **SAME)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny_windows"])
+def test_crash_within_an_epoch_costs_no_more_than_a_checkpoint(
+    preset, train, stop_after, monkeypatch
+):
+    expected = train("whole", preset=preset)
+    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
+    saved = stop_after(5)
+    with pytest.raises(MemoryError):
+        train("parts", preset=preset)
+    assert saved == [1, 2, 3, 4, 5]
+    monkeypatch.undo()
+    # What `undo` took back besides.
+    monkeypatch.setitem(PRESETS, preset, _as_recorded(expected))
+    parts = train("parts", preset=preset, resume=True)
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+
+
+def _as_recorded(result):
+    config = json.loads(RunFolder(result["run"]).config.read_text())
+    return type(PRESETS["small"])(**config["preset_settings"])
+
+
+@pytest.mark.parametrize("batch", [4, 100], ids="batch={}".format)
+def test_interrupted_run_stops_cleanly_and_goes_on(batch, train, interrupt_at):
+    expected = train("whole")
+    interrupt_at(batch)
+    stopped = train("parts")
+    assert stopped["status"] == "interrupted"
+    assert stopped["test_perplexity"] is None
+    assert stopped["epochs"] == (0 if batch == 4 else 2)
+    on_disk = json.loads(RunFolder(stopped["run"]).result.read_text())
+    assert on_disk == stopped
+    model, *_ = load_run(stopped["run"])  # what it had can be used
+    assert model.count_params() == expected["parameters"]
+    parts = train("parts", resume=True)
+    assert parts["status"] == "finished"
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_at_the_end_of_an_epoch_loses_nothing(train, interrupt_at):
+    steps_per_epoch = 45
+    interrupt_at(steps_per_epoch)
+    stopped = train()
+    assert stopped["epochs"] == 1
+    assert stopped["status"] == "interrupted"
+    assert stopped["valid_perplexity"] is not None
+
+
+def test_second_interrupt_ends_at_once(train, interrupt_at):
+    interrupt_at(4, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_finished_run_is_not_trained_again(train, stop_after):
+    expected = train()
+    stop_after(1)  # a checkpoint would fail
+    assert train(resume=True) == expected
+
+
+def test_resume_starts_a_run_where_there_is_none(train):
+    assert train(epochs=1, resume=True)["epochs"] == 1
+
+
+def test_result_is_made_where_only_that_was_missing(train, tmp_path):
+    expected = train(epochs=1)
+    (tmp_path / "run" / "result.json").unlink()
+    again = train(resume=True)
+    assert again["test_perplexity"] == expected["test_perplexity"]
+
+
+# Runs that go wrong
+
+
+@pytest.mark.parametrize("good_epochs", [0, 1])
+def test_loss_that_is_no_number_stops_the_run(
+    good_epochs, train, tmp_path, monkeypatch
+):
+    if good_epochs:
+        train(epochs=good_epochs)
+        before = RunFolder(tmp_path / "run").checkpoint.read_bytes()
+    monkeypatch.setattr(
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, epoch: np.inf
+    )
+    kept = "epoch 1 is kept" if good_epochs else "no epoch was completed"
+    message = f"became nan in epoch {good_epochs + 1}, batch .*{kept}"
+    with pytest.raises(DivergedError, match=message):
+        train(epochs=3, resume=True)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.checkpoint.exists() == bool(good_epochs)
+    if good_epochs:
+        assert folder.checkpoint.read_bytes() == before
+        load_run(folder.path)
+
+
+def test_rate_that_is_too_high_is_told(train):
+    with pytest.raises(DivergedError, match="Lower the learning rate"):
+        train(preset="tiny_wild")
+
+
+def test_folder_with_a_run_is_left_as_it_is(train, tmp_path):
+    train(epochs=1)
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    }
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
+        train(epochs=1)
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("preset", "tiny_windows"), ("seed", 4), ("batch_size", 4)],
+)
+def test_run_goes_on_with_its_own_settings_alone(name, value, train):
+    train(epochs=1)
+    with pytest.raises(UserError, match=f"started with {name}=.*{value!r}"):
+        train(resume=True, **{name: value})
+
+
+def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
+    train(epochs=1)
+    with (corpus_folder / "train.txt").open("a") as file:
+        file.write("a b c\n")
+    with pytest.raises(UserError, match="on another text of letters"):
+        train(resume=True)
+    _, _, config = load_run(tmp_path / "run")
+    with pytest.raises(UserError, match="its checksums differ"):
+        load_run_corpus(config)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "sequence_length"])
+def test_sizes_below_one_are_refused(name, train, tmp_path):
+    with pytest.raises(UserError, match=f"`{name}` must be at least 1.*0"):
+        train(**{name: 0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_that_is_too_short_is_refused(train, tmp_path):
+    with pytest.raises(UserError, match="need at least 50001 tokens"):
+        train(batch_size=1000, sequence_length=50)
+
+
+def test_broken_checkpoint_is_told(train, tmp_path):
+    train(epochs=1)
+    path = RunFolder(tmp_path / "run").checkpoint
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.npz cannot be read"):
+        train(epochs=2, resume=True)
+
+
+def test_folder_without_a_run_is_told(tmp_path):
+    with pytest.raises(UserError, match="must be the folder of a run"):
+        load_run(tmp_path)
+
+
+def test_run_without_weights_is_told(train, tmp_path):
+    train(epochs=1)
+    RunFolder(tmp_path / "run").best_weights.unlink()
+    with pytest.raises(UserError, match=r"no best\.weights\.h5 yet"):
+        load_run(tmp_path / "run")
+
+
+def test_broken_weights_are_told(train, tmp_path):
+    train(epochs=1)
+    RunFolder(tmp_path / "run").best_weights.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="or is broken"):
+        load_run(tmp_path / "run")
