@@ -144,6 +144,19 @@ def test_config_brings_the_same_layer_back():
     assert again.recurrent_regularizer.l2 == 0.5
 
 
+def test_config_of_keras_lstm_builds_ours(x):
+    theirs = built(
+        keras.layers.LSTM(
+            UNITS, return_sequences=True, kernel_regularizer="l2", name="it"
+        )
+    )
+    ours = built(LSTM.from_config(theirs.get_config()))
+    ours.set_weights(theirs.get_weights())
+    np.testing.assert_allclose(numpy(ours(x))[0], numpy(theirs(x))[0], **CLOSE)
+    assert ours.name == "it"
+    assert isinstance(ours.kernel_regularizer, keras.regularizers.L2)
+
+
 @pytest.mark.parametrize(
     "carry_state", [False, True], ids="carry_state={}".format
 )
@@ -170,6 +183,10 @@ def test_saved_sequential_gives_the_same_output(carry_state, x, tmp_path):
         ({"activation": "relu"}, "`activation` must be 'tanh'.*'relu'"),
         ({"activation": keras.activations.relu}, "received 'relu'"),
         ({"recurrent_activation": "tanh"}, "must be 'sigmoid'"),
+        ({"stateful": True}, "`stateful`.*carry_state=True"),
+        ({"recurrent_dropout": 0.1}, "`recurrent_dropout`.*received 0.1"),
+        ({"unroll": True}, "`unroll` is not an argument"),
+        ({"use_cudnn": True}, "`use_cudnn` is not an argument"),
     ],
 )
 def test_what_the_lstm_cannot_do_is_refused(arguments, message):

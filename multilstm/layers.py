@@ -16,15 +16,26 @@ from multilstm.ops import embedding_lookup, lstm
 
 State = tuple[Any, Any]
 
+# What `keras.layers.LSTM` takes besides, and what to do instead. The values
+# that change nothing are taken, so that its `get_config()` builds ours.
+_INSTEAD = {
+    "stateful": "carry the state with carry_state=True",
+    "recurrent_dropout": "no fast kernel has it: use dropout",
+    "unroll": "leave it out, the loop is the backend's matter",
+    "use_cudnn": "leave it out, the fastest kernel there is runs",
+    "zero_output_for_mask": "leave it out, there are no masks",
+}
+
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class LSTM(keras.layers.Layer):
     """A drop-in for `keras.layers.LSTM`, on the implementation in `ops`.
 
     Takes Keras's arguments and weights (`get_weights` of either fits
-    `set_weights` of the other). Adds `carry_state`, which works on every
-    backend. The activations are the LSTM's own, tanh and sigmoid, for which
-    alone fast kernels exist.
+    `set_weights` of the other), also `keras.layers.LSTM(...).get_config()` by
+    `from_config`. Adds `carry_state`, which works on every backend. The
+    activations are the LSTM's own, tanh and sigmoid, for which alone fast
+    kernels exist.
 
     Args:
         units: Size of the hidden state and of the cell state.
@@ -102,6 +113,13 @@ class LSTM(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, instead in _INSTEAD.items():
+            value = kwargs.pop(name, None)
+            if value not in (None, False, 0, "auto"):
+                raise UserError(
+                    f"`{name}` is not an argument of this LSTM; received "
+                    f"{value!r}. Instead {instead}, or use keras.layers.LSTM."
+                )
         super().__init__(**kwargs)
         if units < 1 or int(units) != units:
             raise UserError(
