@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
-from multilstm.files import read_json, read_or_explain, write_json
+from multilstm.files import read_or_explain
 from multilstm.vocabulary import (
     END_OF_SENTENCE,
     UnknownWords,
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 NAMES = ("python-docs", "ptb")
-SCHEMA = "multilstm-encoded-corpus-1"
+SCHEMA = "multilstm-encoded-corpus-2"
 
 PTB_SHA256 = {
     "ptb.train.txt": (
@@ -58,10 +58,11 @@ PTB_MIRRORS = (
 )
 
 _CHUNK = 1 << 20  # characters read at once
+_LONGEST_WORD = 1 << 20  # characters; more is no text
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """Three splits of one text as ids, and the vocabulary of the first.
 
@@ -133,22 +134,17 @@ def load_corpus(
 
     Raises:
         UserError: If files are missing, not text, empty, or hold unknown
-            words without `<unk>`.
+            words without `<unk>`, or an argument is out of its range.
 
     Reference:
         Mikolov et al., 2010, "Recurrent neural network based language
         model": the preparation of Penn Treebank (10,000 words).
     """
-    texts: _Texts
-    if source == "python-docs":
-        texts = _python_docs()
-        min_count = 2 if min_count is None else min_count
-    elif source == "ptb":
-        texts = _folder_texts(_find_ptb(data_folder))
-    else:
-        texts = _folder_texts(Path(source))
-    options = (min_count or 1, max_vocabulary, unknown)
-    return _load_encoded(Path(source).resolve().name, texts, *options)
+    if min_count is None:
+        min_count = 2 if source == "python-docs" else 1
+    _check_options(min_count, max_vocabulary, unknown)
+    name, texts = _find_texts(source, data_folder)
+    return _load_encoded(name, texts, min_count, max_vocabulary, unknown)
 
 
 def read_words(path: Path | str) -> Iterator[str]:
@@ -172,6 +168,20 @@ def tokenize(text: str) -> list[str]:
     ['It', "'", 's', '3', '.', '5', ',', 'isn', "'", 't', 'it', '?']
     """
     return _TOKEN.findall(text)
+
+
+def _check_options(
+    min_count: int, max_vocabulary: int | None, unknown: UnknownWords
+) -> None:
+    numbers = {"min_count": min_count, "max_vocabulary": max_vocabulary}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"`{name}` must be at least 1; received {number}.")
+    if unknown not in get_args(UnknownWords):
+        raise UserError(
+            f"`unknown` must be one of {', '.join(get_args(UnknownWords))}; "
+            f"received {unknown!r}."
+        )
 
 
 # Texts: what a split is read from ------------------------------------------
@@ -205,8 +215,8 @@ class _TextFile:
             ) from error
         except _NotTextError as error:
             raise UserError(
-                f"{self.path} must be text of words; it {error}. "
-                "Is it a binary file?"
+                f"{self.path} must be text, its words separated by white "
+                f"space; it {error}. Is it a binary file?"
             ) from error
 
 
@@ -238,18 +248,29 @@ def _batches_of_words(file: TextIO) -> Iterator[list[str]]:
         words = (
             (unfinished + chunk).replace("\n", f" {END_OF_SENTENCE} ").split()
         )
-        before, line_end, after = chunk.rpartition("\n")
-        in_line = bool(after.strip()) or (
-            not line_end and (in_line or bool(before))
-        )
+        _, line_end, after = chunk.rpartition("\n")
+        in_line = bool(after.strip()) or (in_line and not line_end)
         unfinished = "" if chunk[-1].isspace() else words.pop()
-        if len(unfinished) > _CHUNK:
-            raise _NotTextError(f"holds a word of over {_CHUNK:,} characters")
+        if len(unfinished) > _LONGEST_WORD:
+            raise _NotTextError(
+                f"holds a word of over {_LONGEST_WORD:,} characters"
+            )
         yield words
     if unfinished:
         yield [unfinished]
     if in_line:
         yield [END_OF_SENTENCE]
+
+
+def _find_texts(
+    source: str | Path, data_folder: Path | str | None
+) -> tuple[str, "_Texts"]:
+    """The name of a corpus and what its splits are read from."""
+    if source == "python-docs":
+        return source, _python_docs()
+    if source == "ptb":
+        return source, _find_ptb(data_folder)
+    return Path(source).resolve().name, _folder_texts(Path(source))
 
 
 def _folder_texts(folder: Path) -> dict[str, _TextFile]:
@@ -258,7 +279,7 @@ def _folder_texts(folder: Path) -> dict[str, _TextFile]:
             f"A corpus is {', '.join(NAMES)} or a folder with train, valid "
             f"and test text; received {str(folder)!r}, which is no folder."
         )
-    texts = {}
+    texts: dict[str, _TextFile] = {}
     for split in SPLITS:
         found = sorted(p for p in folder.glob(f"*{split}*.txt") if p.is_file())
         if len(found) != 1:
@@ -267,6 +288,13 @@ def _folder_texts(folder: Path) -> dict[str, _TextFile]:
                 f"{folder} must hold exactly one *{split}*.txt; it holds "
                 f"{names}. Add, rename or move files so that one matches."
             )
+        for other, text in texts.items():
+            if text.path == found[0]:
+                raise UserError(
+                    f"{folder} must hold a file of its own for each split; "
+                    f"{found[0].name} is both {other} and {split}. "
+                    "Add or rename files so that each matches one split."
+                )
         texts[split] = _TextFile(found[0])
     return texts
 
@@ -277,6 +305,8 @@ def _python_docs() -> dict[str, _Lines]:
     The reference repeats a fifth of its text under several topics. Such
     paragraphs all go to train, so that none of valid or test was trained on;
     of eleven others in a row the tenth goes to valid, the eleventh to test.
+    What is longer than 500 words, the grammar and tables, stays in train: in
+    valid or test, one alone would be a third of it.
     """
     topics = pydoc_data.topics.topics
     paragraphs = [
@@ -291,27 +321,29 @@ def _python_docs() -> dict[str, _Lines]:
     for words in paragraphs:
         split = "train"
         if times[" ".join(words)] == 1:
-            split = {9: "valid", 10: "test"}.get(num_unique % 11, "train")
+            if len(words) <= 500:
+                split = {9: "valid", 10: "test"}.get(num_unique % 11, "train")
             num_unique += 1
         lines[split].append(words)
     return {split: _Lines(lines[split]) for split in SPLITS}
 
 
-def _find_ptb(data_folder: Path | str | None) -> Path:
-    """The folder of the three files of Penn Treebank, downloaded if need be."""
+def _find_ptb(data_folder: Path | str | None) -> dict[str, _TextFile]:
+    """The three files of Penn Treebank, downloaded if need be."""
     root = data_folder or os.environ.get("MULTILSTM_DATA") or _cache_folder()
     folder = Path(root).expanduser() / "ptb"
-    for name, sha256 in PTB_SHA256.items():
-        path = folder / name
-        if not path.exists():
-            _download(name, sha256, folder)
-        elif (found := _TextFile(path).sha256) != sha256:
+    texts = {split: _TextFile(folder / f"ptb.{split}.txt") for split in SPLITS}
+    for text in texts.values():
+        sha256 = PTB_SHA256[text.path.name]
+        if not text.path.exists():
+            _download(text.path.name, sha256, folder)
+        elif text.sha256 != sha256:
             raise UserError(
-                f"{path} must have the sha256 {sha256}; it has {found}. "
-                "Remove it to have it downloaded again, or load the folder "
-                "by its path if this text is meant."
+                f"{text.path} must have the sha256 {sha256}; it has "
+                f"{text.sha256}. Remove it to have it downloaded again, or "
+                "load the folder by its path if this text is meant."
             )
-    return folder
+    return texts
 
 
 def _download(name: str, sha256: str, folder: Path) -> None:
@@ -342,13 +374,14 @@ def _download(name: str, sha256: str, folder: Path) -> None:
 # Encoding and the cache ----------------------------------------------------
 
 _Texts = Mapping[str, _TextFile | _Lines]
-_Allocate = Callable[[str, int], NDArray[np.int32]]
+_Store = Callable[[str, int, Iterator[NDArray[np.int32]]], None]
 
 
 def _cache_folder() -> Path:
     """`MULTILSTM_CACHE`, else the user's cache folder of this system."""
     chosen = os.environ.get("MULTILSTM_CACHE")
-    return Path(chosen or platformdirs.user_cache_dir("multilstm"))
+    root = chosen or platformdirs.user_cache_dir("multilstm")
+    return Path(root).expanduser()
 
 
 def _load_encoded(
@@ -362,44 +395,30 @@ def _load_encoded(
     options = (SCHEMA, sha256, min_count, max_vocabulary, unknown)
     key = hashlib.sha256(repr(options).encode()).hexdigest()[:32]
     folder = _cache_folder() / "encoded" / key
-    if folder.is_dir():
-        try:
-            return _read_cache(name, folder, sha256)
-        except UserError as error:
-            logger.warning(
-                "Encoding %s anew, the cache is bad: %s", name, error
-            )
-            shutil.rmtree(folder)
-
-    def encode(allocate: _Allocate) -> Vocabulary:
-        return _encode(texts, min_count, max_vocabulary, unknown, allocate)
-
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        if folder.is_dir():
+            return _read_cache(name, folder, sha256)
+    except (UserError, OSError) as error:
+        logger.warning("Encoding %s anew, the cache is bad: %s", name, error)
+        shutil.rmtree(folder, ignore_errors=True)
+    encode = partial(_encode, texts, min_count, max_vocabulary, unknown)
+    try:
+        _write_cache(folder, encode)
+        return _read_cache(name, folder, sha256)
     except OSError as error:
         logger.warning(
             "Encoding %s in memory, without a cache: %s", name, error
         )
-        arrays: dict[str, NDArray[np.int32]] = {}
+    arrays = {}
 
-        def in_memory(split: str, size: int) -> NDArray[np.int32]:
-            return arrays.setdefault(split, np.empty(size, np.int32))
+    def in_memory(
+        split: str, size: int, batches: Iterator[NDArray[np.int32]]
+    ) -> None:
+        arrays[split] = np.concatenate(list(batches))
+        arrays[split].flags.writeable = False
 
-        vocabulary = encode(in_memory)
-        for ids in arrays.values():
-            ids.flags.writeable = False
-        return Corpus(name, vocabulary, **arrays, sha256=sha256)
-    try:
-        _write_cache(temporary, encode)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _read_cache(name, folder, sha256)
+    vocabulary = encode(in_memory)
+    return Corpus(name, vocabulary, **arrays, sha256=sha256)
 
 
 def _encode(
@@ -407,7 +426,7 @@ def _encode(
     min_count: int,
     max_vocabulary: int | None,
     unknown: UnknownWords,
-    allocate: _Allocate,
+    store: _Store,
 ) -> Vocabulary:
     """Two passes over each text: count its words, then write their ids."""
     counts = {split: _count(text.batches()) for split, text in texts.items()}
@@ -428,12 +447,8 @@ def _encode(
             if missing and unknown == "error":
                 raise UserError(f"In {split}: {describe_unknown(missing)}")
             size -= sum(missing.values())
-        ids = allocate(split, size)
-        end = 0
-        for batch in text.batches():
-            encoded = vocabulary.encode(batch, unknown)
-            ids[end : end + len(encoded)] = encoded
-            end += len(encoded)
+        batches = text.batches()
+        store(split, size, (vocabulary.encode(b, unknown) for b in batches))
     return vocabulary
 
 
@@ -444,29 +459,49 @@ def _count(batches: Iterable[list[str]]) -> Counter[str]:
     return counts
 
 
-def _write_cache(
-    folder: Path, encode: Callable[[_Allocate], Vocabulary]
-) -> None:
-    sizes = {}
+def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
+    """Encodes into a temporary folder, which is renamed when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
 
-    def on_disk(split: str, size: int) -> NDArray[np.int32]:
-        sizes[split] = size
-        # One spare element, since an empty file cannot be mapped.
-        return np.lib.format.open_memmap(
-            folder / f"{split}.npy", "w+", np.dtype(np.int32), (size + 1,)
-        )
+    def on_disk(
+        split: str, size: int, batches: Iterator[NDArray[np.int32]]
+    ) -> None:
+        # Not by a memory map: writing to one ends the process, without a
+        # message, when the disk is full.
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)),
+            "fortran_order": False,
+            "shape": (size,),
+        }
+        with (temporary / f"{split}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for ids in batches:
+                file.write(ids.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
-    vocabulary = encode(on_disk)
-    vocabulary.save(folder / "vocabulary.json")
-    write_json(folder / "corpus.json", {"schema": SCHEMA, "sizes": sizes})
+    try:
+        encode(on_disk).save(temporary / "vocabulary.json")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
-    sizes = read_json(folder / "corpus.json", schema=SCHEMA)["sizes"]
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     arrays = {}
     for split in SPLITS:
         path = folder / f"{split}.npy"
-        mapped = read_or_explain(path, partial(np.load, path, mmap_mode="r"))
-        arrays[split] = np.asarray(mapped)[: sizes[split]]
+        ids = read_or_explain(path, partial(np.load, path, mmap_mode="r"))
+        if ids.dtype != np.int32 or ids.ndim != 1:
+            raise UserError(
+                f"{path} must hold an int32 array of shape (num_tokens,); it "
+                f"holds {ids.dtype} of shape {ids.shape}."
+            )
+        arrays[split] = np.asarray(ids)
     return Corpus(name, vocabulary, **arrays, sha256=sha256)

@@ -18,6 +18,12 @@ Both are `keras.utils.PyDataset`: batch k is a function of k alone, and arrays
 that were handed out are never written again. The tutorial's generator yields
 one buffer again and again; with a queue in front of it, it trains on batches
 that are overwritten while they wait.
+
+Both take Keras's `workers` and `use_multiprocessing`, though a batch of ids
+takes microseconds. Processes need `multiprocessing.set_start_method("spawn")`:
+frameworks have threads that do not survive a fork. And Keras 3.15 reads ahead
+to build a model in `fit` and hands out later what it had read: with workers,
+build the model and its loss before (`train_on_batch`), for the text's order.
 """
 
 from typing import Any
@@ -62,7 +68,8 @@ class NextWordWindows(keras.utils.PyDataset):
         skip_step)`, at least 1.
 
     Raises:
-        UserError: If the text is too short for one window and its target.
+        UserError: If ids or a size are not as above, the text is too short
+            for one window and its target, or `one_hot` is not above each id.
 
     Example:
     >>> windows = NextWordWindows(np.arange(13), 3, 2)
@@ -87,19 +94,18 @@ class NextWordWindows(keras.utils.PyDataset):
         self.token_ids = _read_only(token_ids)
         self.sequence_length = _positive("sequence_length", sequence_length)
         self.batch_size = _positive("batch_size", batch_size)
-        self.skip_step = _positive("skip_step", skip_step or sequence_length)
-        self.one_hot = one_hot
+        if skip_step is None:
+            skip_step = sequence_length
+        self.skip_step = _positive("skip_step", skip_step)
         if len(self.token_ids) <= sequence_length:
             raise UserError(
                 "A window and its next word need more than "
                 f"sequence_length={sequence_length} tokens; received "
                 f"{len(self.token_ids)}. Use shorter windows or more text."
             )
-        if one_hot is not None and one_hot <= int(self.token_ids.max()):
-            raise UserError(
-                "`one_hot` is the vocabulary's size and must be above every "
-                f"id; received {one_hot} with the id {self.token_ids.max()}."
-            )
+        self.one_hot = one_hot
+        if one_hot is not None:
+            _check_one_hot(self.token_ids, one_hot)
 
     def __len__(self) -> int:
         rows = len(self.token_ids) // self.skip_step
@@ -119,7 +125,9 @@ class NextWordWindows(keras.utils.PyDataset):
         inputs, targets = rows[:, :-1], rows[:, 1:]
         if self.one_hot is None:
             return inputs, targets
-        return inputs, np.eye(self.one_hot, dtype=np.float32)[targets]
+        one_hot = np.zeros((*targets.shape, self.one_hot), np.float32)
+        np.put_along_axis(one_hot, targets[..., np.newaxis], 1, axis=-1)
+        return inputs, one_hot
 
 
 class ContinuousStreams(keras.utils.PyDataset):
@@ -146,7 +154,8 @@ class ContinuousStreams(keras.utils.PyDataset):
         sequence_length)`; `sample_weight`: float32 of the same shape.
 
     Raises:
-        UserError: If the text is too short for one batch.
+        UserError: If ids or a size are not as above, or the text is too
+            short for one batch.
 
     Example:
     >>> streams = ContinuousStreams(np.arange(13), 3, 2, drop_remainder=True)
@@ -225,17 +234,35 @@ def _read_only(token_ids: TokenIds) -> TokenIds:
             f"received shape {ids.shape} of {ids.dtype}. "
             "Encode words with Vocabulary.encode."
         )
-    ids = ids.astype(np.int32, copy=False).view()
-    ids.flags.writeable = False
-    return ids
+    in_int32 = ids.astype(np.int32, copy=False).view()
+    if in_int32.dtype != ids.dtype and not np.array_equal(in_int32, ids):
+        raise UserError(
+            "`token_ids` must fit int32; received ids from "
+            f"{ids.min()} to {ids.max()}. Encode words with Vocabulary.encode."
+        )
+    in_int32.flags.writeable = False
+    return in_int32
 
 
 def _positive(name: str, number: int) -> int:
-    if int(number) != number or number < 1:
+    whole = isinstance(number, (int, np.integer))
+    if not whole or isinstance(number, bool) or number < 1:
         raise UserError(
-            f"`{name}` must be a whole number from 1 on; received {number}."
+            f"`{name}` must be an int of at least 1; received {number!r}. "
+            "Pass a whole number, such as 20."
         )
     return int(number)
+
+
+def _check_one_hot(token_ids: TokenIds, size: int) -> None:
+    _positive("one_hot", size)
+    for token_id in (token_ids.min(), token_ids.max()):
+        if not 0 <= token_id < size:
+            raise UserError(
+                "`one_hot` must be the vocabulary's size, above every id; "
+                f"received {size} and a text with the id {token_id}. "
+                "Use len(vocabulary)."
+            )
 
 
 def _index(index: int) -> int:

@@ -16,6 +16,11 @@ from rich.progress import (
 )
 
 _SECONDS_BETWEEN_UPDATES = 0.25
+_EPOCH_SUMMARY = {
+    "perplexity": "perplexity train {:.2f}",
+    "valid_perplexity": "valid {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
 
 
 class StepTimes(keras.callbacks.Callback):
@@ -29,17 +34,17 @@ class StepTimes(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []
-        self.first_seconds = 0.0  # of the first step, which compiles
+        self.first_seconds: float | None = None  # the step that compiles
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._last = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         now = time.perf_counter()
-        if self.first_seconds:
-            self.seconds.append(now - self._last)
-        else:
+        if self.first_seconds is None:
             self.first_seconds = now - self._last
+        else:
+            self.seconds.append(now - self._last)
         self._last = now
 
     def summary(self, tokens_per_step: int) -> dict[str, Any]:
@@ -47,7 +52,7 @@ class StepTimes(keras.callbacks.Callback):
 
         Each is None where too few steps were made to tell it.
         """
-        if not self.seconds:
+        if self.first_seconds is None or not self.seconds:
             names = ("tokens_per_second", "step_time_ms")
             return dict.fromkeys((*names, "compile_time_seconds"))
         seconds = np.array(self.seconds)
@@ -98,11 +103,12 @@ class ProgressBar(keras.callbacks.Callback):
 
     def close(self) -> None:
         """Removes the bar, also after an exception ended the training."""
-        self._progress.stop()
+        # Progress.stop() prints an empty line where there is no terminal.
+        self._progress.live.stop()
+        self._remove_task()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
+        self._remove_task()
         self._epoch = epoch
         self._task = self._progress.add_task(
             "",
@@ -132,14 +138,21 @@ class ProgressBar(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs = logs or {}
+        # An epoch that was stopped in its middle has only the first of these.
+        known = [
+            text.format(logs[name])
+            for name, text in _EPOCH_SUMMARY.items()
+            if logs and name in logs
+        ]
         self._progress.console.print(
-            f"epoch {epoch + 1}/{self.params['epochs']}: perplexity "
-            f"train {logs.get('perplexity', np.nan):.2f}, "
-            f"valid {logs.get('valid_perplexity', np.nan):.2f}, "
-            f"{logs.get('tokens_per_second', np.nan):,.0f} tokens/s",
+            f"epoch {epoch + 1}/{self.params['epochs']}: {', '.join(known)}",
             highlight=False,
+            soft_wrap=True,
         )
+
+    def _remove_task(self) -> None:
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
 
 
 def clock(seconds: float) -> str:

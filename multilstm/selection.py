@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multilstm.errors import UserError
-from multilstm.files import write_json
+from multilstm.files import read_or_explain, write_json
 
 BACKENDS = ("jax", "torch", "tensorflow")
 COMPARISON_SCHEMA = "multilstm-comparison-1"
@@ -29,7 +29,8 @@ def select_backend(asked: str | None = None) -> tuple[str, str]:
     """Takes a backend for this process and sets `KERAS_BACKEND` to it.
 
     In this order: the one asked for, `KERAS_BACKEND`, Keras's own
-    `keras.json`, the first of jax, torch, tensorflow that is installed.
+    `keras.json` where it names one that is installed, the first of jax,
+    torch, tensorflow that is installed.
 
     Args:
         asked: What `--backend` said.
@@ -38,7 +39,8 @@ def select_backend(asked: str | None = None) -> tuple[str, str]:
         The backend, and why it was taken.
 
     Raises:
-        UserError: If it is unknown or not installed, or if none is.
+        UserError: If it is unknown or not installed, if none is, or if
+            `keras.json` is broken.
     """
     backend, reason = _first_named(asked)
     if backend not in BACKENDS:
@@ -73,7 +75,7 @@ def _first_named(asked: str | None) -> tuple[str, str]:
                 "remove it, or name a backend with --backend."
             ) from error
         # Keras writes this file itself, with the default "tensorflow".
-        if named and is_installed(named):
+        if named and (named not in BACKENDS or is_installed(named)):
             return named, str(path)
     for backend in BACKENDS:
         if is_installed(backend):
@@ -97,13 +99,15 @@ def parse_pythons(pythons: Sequence[str]) -> dict[str, Path]:
     parsed = {}
     for pair in pythons:
         backend, _, path = pair.partition("=")
-        if backend not in BACKENDS or not Path(path).is_file():
+        known = backend in BACKENDS and Path(path).is_file()
+        if not known or backend in parsed:
             raise UserError(
-                "--python needs BACKEND=PATH, a backend of "
-                f"{', '.join(BACKENDS)} and the Python that has it; "
-                f"received {pair!r}."
+                "--python needs BACKEND=PATH, each backend of "
+                f"{', '.join(BACKENDS)} at most once and the Python that has "
+                f"it; received {pair!r}."
             )
-        parsed[backend] = Path(path)
+        # A bare name would be looked for in PATH; links lead out of a venv.
+        parsed[backend] = Path(path).absolute()
     return parsed
 
 
@@ -123,9 +127,9 @@ def compare(
 
     Returns:
         `results`: for each backend the result record, or `{"error": ...}`
-        where it failed; `same_initial_weights`; and
-        `largest_difference`, of the validation perplexities of one epoch
-        between two backends, relative to the lower.
+        where it failed; `same_initial_weights`, whether those that did not
+        fail began alike; and `largest_difference`, of the validation
+        perplexities of one epoch between two backends, relative to the lower.
 
     Raises:
         UserError: If there is no backend to run.
@@ -142,22 +146,37 @@ def compare(
             *(str(python), "-m", "multilstm", "train", *train_arguments),
             *("--backend", backend, "--out", str(run), "--resume"),
         ]
-        status = subprocess.run(command, check=False).returncode
-        if status == 0:
-            results[backend] = json.loads((run / "result.json").read_text())
-        else:
-            results[backend] = {"error": f"ended with status {status}"}
+        results[backend] = _run(command, run / "result.json")
     done = [r for r in results.values() if "error" not in r]
     comparison = {
         "schema": COMPARISON_SCHEMA,
         "results": results,
         "same_initial_weights": (
-            len({r["initial_weights_sha256"] for r in done}) == 1
+            len({r["initial_weights_sha256"] for r in done}) <= 1
         ),
         "largest_difference": largest_difference([r["history"] for r in done]),
     }
     write_json(out / "comparison.json", comparison)
     return comparison
+
+
+def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
+    """Runs a command; the record that it wrote, or why there is none."""
+    try:
+        process = subprocess.Popen(command)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it heard Ctrl-C too, and saves what it has
+            raise
+        if status != 0:
+            return {"error": f"ended with status {status}"}
+        record: dict[str, Any] = read_or_explain(
+            result, lambda: json.loads(result.read_bytes())
+        )
+    except (OSError, UserError) as error:
+        return {"error": str(error)}
+    return record
 
 
 def largest_difference(

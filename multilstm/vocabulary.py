@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
-from multilstm.files import read_json, write_text
+from multilstm.files import read_json, read_or_explain, write_text
 
 END_OF_SENTENCE = "<eos>"
 UNKNOWN = "<unk>"
@@ -188,7 +188,8 @@ class Vocabulary:
         Raises:
             UserError: If the file is missing or is no vocabulary of ours.
         """
-        content = read_json(Path(path), schema=SCHEMA)
+        path = Path(path)
+        content = read_json(path, schema=SCHEMA)
         words = content.get("words")
         if not isinstance(words, list) or not all(
             isinstance(word, str) for word in words
@@ -197,7 +198,9 @@ class Vocabulary:
                 f"{path} must hold a list of words under 'words'; it holds "
                 f"{type(words).__name__}. Write it with Vocabulary.save."
             )
-        return cls(words)
+        # Names the file where its words are none or repeat.
+        vocabulary: Vocabulary = read_or_explain(path, lambda: cls(words))
+        return vocabulary
 
 
 def name_a_few(words: Iterable[str], limit: int = 5) -> str:

@@ -1,0 +1,307 @@
+"""Which backend is taken and why; comparisons of programs that only pretend."""
+
+import json
+import os
+import sys
+
+import keras
+import pytest
+
+from multilstm import selection
+from multilstm.errors import UserError
+from multilstm.selection import (
+    BACKENDS,
+    compare,
+    is_installed,
+    largest_difference,
+    parse_pythons,
+    select_backend,
+)
+
+# One backend for this process
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Sets what there is to choose from; undone after the test."""
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+
+    def set_up(variable=None, keras_json=None, installed=BACKENDS):
+        monkeypatch.setenv("KERAS_BACKEND", variable or "")
+        if variable is None:
+            monkeypatch.delenv("KERAS_BACKEND")
+        (tmp_path / "keras.json").unlink(missing_ok=True)
+        if keras_json is not None:
+            (tmp_path / "keras.json").write_text(keras_json)
+        monkeypatch.setattr(selection, "is_installed", installed.__contains__)
+
+    return set_up
+
+
+TORCH_JSON = '{"backend": "torch", "floatx": "float32"}'
+
+
+def test_backends_are_taken_in_this_order(machine):
+    both = {"variable": "jax", "keras_json": TORCH_JSON}
+    first = "the first installed of jax, torch, tensorflow"
+    for asked, around, expected, reason in (
+        ("tensorflow", both, "tensorflow", "--backend"),
+        (None, both, "jax", "KERAS_BACKEND"),
+        (None, both | {"variable": None}, "torch", "/keras.json"),
+        (None, both | {"variable": ""}, "torch", "/keras.json"),
+        (None, {"keras_json": "{}"}, "jax", first),
+        (None, {}, "jax", first),
+        (None, {"installed": ["tensorflow", "torch"]}, "torch", first),
+        # Written by Keras itself, maybe for another environment.
+        (None, {"keras_json": TORCH_JSON, "installed": ["jax"]}, "jax", first),
+    ):
+        machine(**around)
+        backend, told = select_backend(asked)
+        assert backend == os.environ["KERAS_BACKEND"] == expected
+        assert told.endswith(reason)
+
+
+def test_keras_json_is_looked_for_in_the_home_folder(
+    machine, monkeypatch, tmp_path
+):
+    machine()
+    monkeypatch.delenv("KERAS_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = tmp_path / ".keras" / "keras.json"
+    path.parent.mkdir()
+    path.write_text(TORCH_JSON)
+    assert select_backend() == ("torch", str(path))
+
+
+def test_what_cannot_be_taken_is_refused(machine):
+    for asked, around, message in (
+        ("theano", {}, r"jax, torch, tensorflow; --backend says 'theano'\."),
+        (None, {"variable": "mxnet"}, r"; KERAS_BACKEND says 'mxnet'\."),
+        (
+            None,
+            {"keras_json": '{"backend": "theano"}'},
+            r"/keras\.json says 'theano'\. Change it there",
+        ),
+        (None, {"keras_json": '{"backend": ["jax"]}'}, r"says \['jax'\]"),
+        (
+            "torch",
+            {"installed": ["jax"]},
+            r"^--backend names torch, .*: pip install 'multilstm\[torch\]'",
+        ),
+        (
+            None,
+            {"variable": "jax", "installed": ["torch"]},
+            r"^KERAS_BACKEND names jax, .*: pip install 'multilstm\[jax\]'",
+        ),
+        (
+            None,
+            {"installed": []},
+            r"none is installed\. .*: pip install 'multilstm\[jax\]'",
+        ),
+        (
+            None,
+            {"keras_json": '{"backend": '},
+            r"/keras\.json must be a JSON object; .* name .* --backend",
+        ),
+        (None, {"keras_json": '["torch"]'}, "must be a JSON object"),
+    ):
+        machine(**around)
+        with pytest.raises(UserError, match=message):
+            select_backend(asked)
+        assert os.environ.get("KERAS_BACKEND") == around.get("variable")
+
+
+def test_tensorflow_starts_quietly_unless_the_user_chose(machine, monkeypatch):
+    machine()
+    select_backend("jax")
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "1"
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    select_backend("jax")
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+
+
+def test_this_backend_is_installed():
+    assert is_installed(keras.config.backend())
+    assert not is_installed("no_such_framework")
+
+
+# Several, each by its own Python
+
+
+def test_pythons_are_pairs_of_backend_and_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python=3").touch()
+    (tmp_path / "link").symlink_to("python=3")
+    assert parse_pythons(["torch=python=3", f"jax={tmp_path / 'link'}"]) == {
+        "torch": tmp_path / "python=3",
+        "jax": tmp_path / "link",  # where it leads is not in an environment
+    }
+
+
+def test_this_python_has_all_that_it_has(monkeypatch):
+    monkeypatch.setattr(
+        selection, "is_installed", ["tensorflow", "jax"].__contains__
+    )
+    pythons = parse_pythons([])
+    assert [*pythons] == ["jax", "tensorflow"]
+    assert {str(path) for path in pythons.values()} == {sys.executable}
+
+
+def test_pairs_that_are_none_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").touch()
+    for pairs in (
+        ["jax"],
+        ["jax="],
+        ["=python"],
+        ["jax=no/such/python"],
+        ["jax=."],
+        ["theano=python"],
+        ["jax=python", "jax=./python"],
+    ):
+        message = f"needs BACKEND=PATH, .* received '{pairs[-1]}'"
+        with pytest.raises(UserError, match=message):
+            parse_pythons(pairs)
+
+
+@pytest.fixture
+def pretend(tmp_path):
+    """Makes programs that do as `python -m multilstm train` would."""
+
+    def make(name, result="", status=0):
+        path = tmp_path / name
+        path.write_text(
+            f"#!{sys.executable}\n"
+            "import pathlib, sys\n"
+            "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+            "out.mkdir(parents=True, exist_ok=True)\n"
+            "with (out / 'arguments').open('a') as file:\n"
+            "    print(*sys.argv[1:], file=file)\n"
+            f"if {result!r}:\n"
+            f"    (out / 'result.json').write_text({result!r})\n"
+            f"sys.exit({status})\n"
+        )
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def record(*perplexities, weights="a"):
+    return {
+        "initial_weights_sha256": weights,
+        "history": [{"valid_perplexity": value} for value in perplexities],
+    }
+
+
+def test_each_backend_is_trained_by_its_own_python(pretend, tmp_path):
+    expected = {"jax": record(200, 110), "torch": record(202, 110)}
+    pythons = {
+        backend: pretend(f"{backend}-python", json.dumps(result))
+        for backend, result in expected.items()
+    }
+    out = tmp_path / "out"
+    comparison = compare(pythons, ["--preset", "small"], out=out)
+    assert comparison == {
+        "schema": "multilstm-comparison-1",
+        "results": expected,
+        "same_initial_weights": True,
+        "largest_difference": 0.01,
+    }
+    assert json.loads((out / "comparison.json").read_text()) == comparison
+    for backend in expected:
+        assert (out / backend / "arguments").read_text() == (
+            f"-m multilstm train --preset small --backend {backend} "
+            f"--out {out / backend} --resume\n"
+        )
+
+
+def test_same_command_goes_on_with_the_runs(pretend, tmp_path):
+    out = tmp_path / "out"
+    compare({"jax": pretend("first", status=1)}, [], out=out)
+    second = pretend("second", json.dumps(record(150)))
+    comparison = compare({"jax": second}, [], out=out)
+    assert comparison["results"] == {"jax": record(150)}
+    assert json.loads((out / "comparison.json").read_text()) == comparison
+    first, second = (out / "jax" / "arguments").read_text().splitlines()
+    assert first == second
+    assert first.endswith("--resume")
+
+
+def test_one_that_fails_is_a_row_while_others_go_on(pretend, tmp_path):
+    no_program = pretend("no-program")
+    no_program.chmod(0o644)
+    pythons = {
+        "failing": pretend("failing", json.dumps(record(9)), status=3),
+        "not a program": no_program,
+        "writes nothing": pretend("silent"),
+        "writes rubbish": pretend("rubbish", '{"history": '),
+        "good": pretend("good", json.dumps(record(120))),
+    }
+    comparison = compare(pythons, [], out=tmp_path / "out")
+    results = comparison["results"]
+    assert [*results] == [*pythons]
+    assert results.pop("good") == record(120)
+    assert results.pop("failing") == {"error": "ended with status 3"}
+    for name, reason in (
+        ("not a program", f"'{no_program}'"),
+        ("writes nothing", "result.json is needed"),
+        ("writes rubbish", "result.json cannot be read"),
+    ):
+        assert [*results[name]] == ["error"]
+        assert reason in results[name]["error"]
+    assert comparison["same_initial_weights"] is True
+    assert comparison["largest_difference"] is None
+
+
+def test_other_initial_weights_are_told(pretend, tmp_path):
+    pythons = {
+        "jax": pretend("one", json.dumps(record(100))),
+        "torch": pretend("same", json.dumps(record(100))),
+        "tensorflow": pretend("other", json.dumps(record(100, weights="b"))),
+    }
+    comparison = compare(pythons, [], out=tmp_path)
+    assert comparison["same_initial_weights"] is False
+
+
+def test_weights_of_none_are_not_called_different(pretend, tmp_path):
+    comparison = compare({"jax": pretend("no", status=1)}, [], out=tmp_path)
+    assert comparison["same_initial_weights"] is True
+
+
+def test_comparison_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="at least one backend"):
+        compare({}, [], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_waits_for_the_run_to_save_what_it_has(monkeypatch, tmp_path):
+    waits = []
+
+    class Interrupted:
+        def __init__(self, command):
+            pass
+
+        def wait(self):
+            waits.append(len(waits))
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(selection.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare({"jax": tmp_path, "torch": tmp_path}, [], out=tmp_path)
+    assert waits == [0, 1]
+
+
+def test_largest_difference_is_that_worked_by_hand():
+    def of(*runs):
+        return largest_difference([record(*run)["history"] for run in runs])
+
+    assert of([200, 100], [190, 105]) == round(10 / 190, 6)
+    assert of([200, 100], [190, 105], [200, 80]) == 0.3125  # 105 / 80
+    assert of([200, 100], [200]) == 0.0  # the epochs that both have
+    assert of([200, 100]) is None
+    assert of([200], []) is None
+    assert of() is None
