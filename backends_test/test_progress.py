@@ -90,7 +90,7 @@ def test_fit_calls_them_for_every_step(capsys):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
     times = StepTimes()
-    bar = ProgressBar(tokens_per_step=4)
+    bar = ProgressBar(tokens_per_step=4, epochs=3)
     for initial_epoch, epochs in ((0, 2), (2, 3)):
         model.fit(
             np.ones((12, 1)),
@@ -103,8 +103,8 @@ def test_fit_calls_them_for_every_step(capsys):
         )
     assert len(times.seconds) == 3 * 3 - 1
     assert capsys.readouterr().err.splitlines() == [
-        "epoch 1/2: ",
-        "epoch 2/2: ",
+        "epoch 1/3: ",
+        "epoch 2/3: ",
         "epoch 3/3: ",
     ]
 
@@ -112,14 +112,14 @@ def test_fit_calls_them_for_every_step(capsys):
 # ProgressBar
 
 
-def begin(bar, *, steps=10, epochs=3):
-    bar.set_params({"steps": steps, "epochs": epochs})
+def begin(bar, *, steps=10):
+    bar.set_params({"steps": steps, "epochs": 3})
     bar.on_train_begin()
 
 
 @pytest.mark.usefixtures("no_terminal")
 def test_one_line_an_epoch_goes_to_stderr(clock, capsys):
-    bar = ProgressBar(tokens_per_step=700)
+    bar = ProgressBar(tokens_per_step=700, epochs=3)
     begin(bar)
     logs = {"loss": 4.6, "perplexity": 101.456}
     for epoch in range(2):
@@ -142,7 +142,7 @@ def test_one_line_an_epoch_goes_to_stderr(clock, capsys):
 
 @pytest.mark.usefixtures("no_terminal")
 def test_bar_that_was_never_begun_writes_nothing(capsys):
-    ProgressBar(tokens_per_step=700).close()
+    ProgressBar(tokens_per_step=700, epochs=3).close()
     assert capsys.readouterr() == ("", "")
 
 
@@ -155,7 +155,7 @@ def terminal(no_terminal, monkeypatch):
 
 @pytest.mark.usefixtures("terminal")
 def test_bar_shows_perplexity_speed_and_time_left(clock, capsys):
-    bar = ProgressBar(tokens_per_step=700)
+    bar = ProgressBar(tokens_per_step=700, epochs=3)
     begin(bar)
     bar.on_epoch_begin(0)
     pass_steps(bar, clock, [0.5] * 4)
@@ -181,7 +181,7 @@ def test_bar_shows_perplexity_speed_and_time_left(clock, capsys):
 
 @pytest.mark.usefixtures("terminal")
 def test_bar_is_drawn_four_times_a_second_at_most(clock, monkeypatch):
-    bar = ProgressBar(tokens_per_step=700)
+    bar = ProgressBar(tokens_per_step=700, epochs=3)
     begin(bar)
     bar.on_epoch_begin(0)
     drawn = []
@@ -196,7 +196,7 @@ def test_bar_is_drawn_four_times_a_second_at_most(clock, monkeypatch):
 @pytest.mark.usefixtures("terminal")
 def test_end_within_an_epoch_gives_the_terminal_back(capsys):
     hide, show = "\x1b[?25l", "\x1b[?25h"
-    bar = ProgressBar(tokens_per_step=700)
+    bar = ProgressBar(tokens_per_step=700, epochs=3)
     for end in (bar.on_train_end, bar.close):
         begin(bar)
         bar.on_epoch_begin(0)

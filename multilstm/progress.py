@@ -76,11 +76,13 @@ class ProgressBar(keras.callbacks.Callback):
 
     Args:
         tokens_per_step: Tokens in a batch.
+        epochs: Epochs of the whole run, of which one `fit` may do a part.
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(self, tokens_per_step: int, epochs: int) -> None:
         super().__init__()
         self.tokens_per_step = tokens_per_step
+        self.epochs = epochs
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -113,7 +115,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._task = self._progress.add_task(
             "",
             total=self.params["steps"],
-            epoch=f"{epoch + 1}/{self.params['epochs']}",
+            epoch=f"{epoch + 1}/{self.epochs}",
             perplexity="-",
             speed="-",
             left="-",
@@ -126,7 +128,7 @@ class ProgressBar(keras.callbacks.Callback):
             return
         self._shown = now
         step_seconds = (now - self._began) / self._steps
-        epochs_left = self.params["epochs"] - self._epoch
+        epochs_left = self.epochs - self._epoch
         steps_left = epochs_left * self.params["steps"] - batch - 1
         assert self._task is not None
         self._progress.update(
@@ -145,7 +147,7 @@ class ProgressBar(keras.callbacks.Callback):
             if logs and name in logs
         ]
         self._progress.console.print(
-            f"epoch {epoch + 1}/{self.params['epochs']}: {', '.join(known)}",
+            f"epoch {epoch + 1}/{self.epochs}: {', '.join(known)}",
             highlight=False,
             soft_wrap=True,
         )

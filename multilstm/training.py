@@ -470,7 +470,9 @@ def _fit(
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch, _: plan.learning_rate_of(epoch)
     )
-    bars = [ProgressBar(plan.tokens_per_step)] if progress else []
+    bars = []
+    if progress:
+        bars.append(ProgressBar(plan.tokens_per_step, plan.epochs))
 
     def fit(batches: keras.utils.PyDataset, epochs: int) -> None:
         model.fit(
