@@ -125,6 +125,12 @@ def test_texts_without_a_perplexity_are_refused(token_ids, message):
         evaluate(make_model(), np.array(token_ids, np.int32))
 
 
+@pytest.mark.parametrize("size", ["batch_size", "sequence_length"])
+def test_sizes_below_one_are_refused(size, text):
+    with pytest.raises(UserError, match=f"`{size}` must be at least 1"):
+        evaluate(make_model(), text, **{size: 0})
+
+
 def test_figures_follow_from_the_totals():
     result = Evaluation(total_nats=6 * math.log(2), num_tokens=3)
     assert math.isclose(result.cross_entropy, 2 * math.log(2))

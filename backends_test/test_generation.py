@@ -148,6 +148,13 @@ def test_unknown_words_of_the_prompt_are_reported(vocabulary, read, model):
     assert result.words == generate(model, vocabulary, read, **GREEDY).words
 
 
+def test_prompt_may_be_a_text(model):
+    result = generate(model, VOCABULARY, " c  a\ng ", **GREEDY)
+    assert result.prompt == ["c", "a", "g"]
+    expected = generate(model, VOCABULARY, ["c", "a", "g"], **GREEDY)
+    assert result == expected
+
+
 def test_nothing_to_read_begins_a_sentence(model):
     after_end, *others = (
         generate(model, VOCABULARY, prompt, **GREEDY)
@@ -178,6 +185,7 @@ def test_text_stops_after_the_word_to_stop_at(model):
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("seed", -1),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, value, model):

@@ -97,6 +97,85 @@ def test_one_training_step_is_keras_lstm_step(arguments, x, rng):
         np.testing.assert_allclose(ours, truth, **CLOSE)
 
 
+MASKS = {
+    "right-padded": [[1, 1, 1], [1, 0, 0]],
+    "left-padded": [[0, 1, 1], [0, 0, 1]],
+    "holes": [[1, 0, 1], [0, 1, 0]],
+    "empty": [[0, 0, 0], [1, 1, 1]],
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"return_sequences": True, "return_state": True},
+        {"return_sequences": True, "go_backwards": True},
+    ],
+    ids=arguments_id,
+)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_masked_steps_are_those_of_keras_lstm(mask, arguments, x, rng):
+    mask = np.array(mask, bool)
+    ours = built(LSTM(UNITS, **arguments))
+    # Its fast path would be asked for right-padded masks alone.
+    theirs = built(keras.layers.LSTM(UNITS, use_cudnn=False, **arguments))
+    theirs.set_weights(ours.get_weights())
+    states = [None]
+    if mask[:, 0].all() and not arguments.get("go_backwards"):
+        # Otherwise Keras's own output depends on the backend.
+        state = rng.standard_normal((2, BATCH, UNITS)).astype(np.float32)
+        states.append(list(state))
+    for initial_state in states:
+        got = ours(x, initial_state=initial_state, mask=mask)
+        truth = theirs(x, initial_state=initial_state, mask=mask)
+        for out, expected in zip(numpy(got), numpy(truth), strict=True):
+            np.testing.assert_allclose(out, expected, **CLOSE)
+
+
+def test_mask_of_an_embedding_goes_through_to_the_loss(rng):
+    ids = np.array([[1, 2, 0], [3, 0, 0]])
+    y = rng.standard_normal((2, 3, 2)).astype(np.float32)
+    models = [
+        keras.Sequential(
+            [
+                keras.Input((3,)),
+                keras.layers.Embedding(4, FEATURES, mask_zero=True),
+                lstm(UNITS, return_sequences=True),
+                keras.layers.Dense(2),
+            ]
+        )
+        for lstm in (LSTM, keras.layers.LSTM)
+    ]
+    models[1].set_weights(models[0].get_weights())
+    for model in models:
+        model.compile(loss="mse")
+    ours, theirs = (model.evaluate(ids, y, verbose=0) for model in models)
+    # float32.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    padded = y * np.array([[[1], [1], [0]], [[1], [0], [0]]])
+    assert abs(models[0].evaluate(ids, padded, verbose=0) - ours) < 1e-6
+
+
+def test_bidirectional_wraps_it_as_keras_lstm(x, tmp_path):
+    models = [
+        keras.Sequential(
+            [
+                keras.Input((TIME, FEATURES)),
+                keras.layers.Bidirectional(lstm(UNITS, return_sequences=True)),
+            ]
+        )
+        for lstm in (LSTM, keras.layers.LSTM)
+    ]
+    models[1].set_weights(models[0].get_weights())
+    ours, theirs = (numpy(model(x))[0] for model in models)
+    assert ours.shape == (BATCH, TIME, 2 * UNITS)
+    np.testing.assert_allclose(ours, theirs, **CLOSE)
+    models[0].save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(numpy(loaded(x))[0], ours, **CLOSE)
+
+
 def test_dropout_has_one_mask_for_all_time_steps():
     ones = np.ones((32, 4, 1), np.float32)
     layer = LSTM(3, dropout=0.5, return_sequences=True, seed=1)
@@ -328,6 +407,29 @@ def test_batches_of_another_size_are_refused(x):
     with pytest.raises(UserError, match="for 2 rows; received a batch of 1"):
         layer(x[:1])
     assert layer(x[:1], initial_state=layer.get_initial_state(1)) is not None
+
+
+def test_batches_of_another_size_are_refused_in_a_compiled_step(x):
+    model = carrying_model()
+    model.compile(loss="mse")
+    y = np.zeros((BATCH, TIME, 2), np.float32)
+    model.evaluate(x, y, batch_size=BATCH, verbose=0)
+    with pytest.raises(Exception, match="state is carried for 2 rows"):
+        model.evaluate(x[:1], y[:1], verbose=0)
+
+
+def test_prediction_starts_from_zeros(x):
+    model = carrying_model()
+    settings = {
+        "batch_size": BATCH,
+        "verbose": 0,
+        "callbacks": [ResetCarriedState()],
+    }
+    first = model.predict(x, **settings)
+    np.testing.assert_allclose(model.predict(x, **settings), first, **CLOSE)
+    settings["callbacks"] = []
+    goes_on = model.predict(x, **settings)
+    assert np.abs(goes_on - first).max() > 1e-3
 
 
 def test_carrying_needs_a_known_batch_size():

@@ -194,6 +194,48 @@ def test_carrying_model_fits_arrays_in_order(rng):
     np.testing.assert_allclose(history["perplexity"], [expected], rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 5)], ids=str)
+def test_weights_of_rows_or_tokens_weigh_the_mean(shape, ids, rng):
+    weights = rng.uniform(0, 2, shape).astype(np.float32)
+    targets = np.roll(ids, -1, axis=1)
+    model = small_model()
+    model.compile()
+    got = model.evaluate(
+        ids, targets, sample_weight=weights, verbose=0, return_dict=True
+    )
+    logits = oracles.language_model(model.get_weights(), ids)
+    nll = -np.take_along_axis(
+        oracles.log_softmax(logits), targets[..., None], axis=-1
+    )[..., 0]
+    by_token = np.broadcast_to(weights.reshape(3, -1), nll.shape)
+    expected = np.average(nll, weights=by_token)
+    # float32.
+    np.testing.assert_allclose(
+        [got["loss"], math.log(got["perplexity"])], expected, rtol=1e-5
+    )
+
+
+def test_carrying_model_predicts_from_zeros_each_time(rng):
+    token_ids = text(rng, 2 * 12 + 1)
+    streams = ContinuousStreams(token_ids, 3, 2, drop_remainder=True)
+    model = small_model(carry_state=True)
+    rows = token_ids[:-1].reshape(2, 12)
+    model.build((2, 3))
+    truth = oracles.language_model(model.get_weights(), rows)
+    inputs = np.concatenate([batch[0] for batch in streams])
+    for _ in range(2):
+        logits = model.predict(inputs, batch_size=2, verbose=0)
+        joined = np.concatenate(np.split(logits, 4), axis=1)
+        np.testing.assert_allclose(joined, truth, **CLOSE)
+
+
+def test_compile_takes_a_loss_in_its_second_place(ids):
+    model = small_model()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True))
+    got = model.evaluate(ids, ids, verbose=0, return_dict=True)
+    assert set(got) == {"loss"}
+
+
 def test_own_loss_gives_the_gradients_of_keras_loss(ids):
     targets = np.roll(ids, -1, axis=1)
     own, stock = small_model(), small_model()

@@ -1,6 +1,9 @@
 """The operations against the textbook's equations, on this backend."""
 
-import importlib
+import importlib.util
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -89,3 +92,81 @@ def test_device_and_kernel_in_use_have_names():
     assert ops.device_name().strip()
     module, _, function = ops.LSTM_KERNEL.rpartition(".")
     assert getattr(importlib.import_module(module), function) is ops.lstm
+
+
+def test_lstm_and_its_gradients_are_those_of_the_reference(rng):
+    """Each gradient of a weighted sum of all outputs, by finite steps."""
+    arguments = draw_arguments(rng, 2, 4, 3, 5)
+    weights = [
+        rng.standard_normal(shape) for shape in ((2, 4, 5), (2, 5), (2, 5))
+    ]
+    for number, argument in enumerate(arguments):
+        direction = rng.standard_normal(argument.shape)
+        values = []
+        for sign in (-1, 1):
+            moved = [array.astype(float) for array in arguments]
+            moved[number] = moved[number] + sign * 1e-4 * direction
+            outputs = oracles.lstm(*moved)
+            values.append(
+                sum(
+                    np.sum(w * out)
+                    for w, out in zip(weights, outputs, strict=True)
+                )
+            )
+        slope = (values[1] - values[0]) / 2e-4
+        gradient = gradient_of_sum(arguments, number, weights)
+        # float32 gradients; the finite step is exact to 1e-8.
+        np.testing.assert_allclose(
+            np.sum(gradient * direction), slope, rtol=1e-4, atol=1e-4
+        )
+
+
+def gradient_of_sum(arguments, number, weights):
+    """d(sum of weighted outputs)/d(an argument), through a Keras step of 1."""
+
+    class Sum(keras.layers.Layer):
+        def build(self, _):
+            self.argument = self.add_weight(
+                shape=arguments[number].shape, initializer="zeros"
+            )
+
+        def call(self, x):
+            tensors = [keras.ops.convert_to_tensor(a) for a in arguments]
+            tensors[number] = keras.ops.convert_to_tensor(self.argument)
+            total = sum(
+                keras.ops.sum(keras.ops.cast(w, "float32") * out)
+                for w, out in zip(weights, ops.lstm(*tensors), strict=True)
+            )
+            return keras.ops.reshape(total, (1, 1)) + 0 * x
+
+    model = keras.Sequential([keras.Input((1,), batch_size=1), Sum()])
+    model.compile(
+        keras.optimizers.SGD(1.0), loss=lambda _, total: keras.ops.sum(total)
+    )
+    model.set_weights([arguments[number]])
+    one = np.ones((1, 1), np.float32)
+    model.train_on_batch(one, one)
+    return arguments[number] - model.get_weights()[0]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None,
+    reason="Keras's numpy backend, the one without an implementation of ours, "
+    "needs JAX",
+)
+def test_backend_without_an_implementation_is_told_once():
+    code = (
+        "import numpy as np; from multilstm import ops;"
+        "y, h, c = ops.lstm(*(np.zeros(s, 'float32') for s in "
+        "((1, 2, 3), (1, 4), (1, 4), (3, 16), (4, 16), (16,))));"
+        "print(ops.LSTM_KERNEL, np.asarray(y).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "multilstm.ops.reference.lstm (1, 2, 4)"
+    assert done.stderr.count("nothing made for the backend numpy") == 1

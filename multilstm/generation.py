@@ -30,7 +30,7 @@ class Generation:
 def generate(
     model: Any,
     vocabulary: Vocabulary,
-    prompt: list[str],
+    prompt: str | list[str],
     *,
     max_new_tokens: int = 40,
     temperature: float = 1.0,
@@ -46,7 +46,8 @@ def generate(
     Args:
         model: A `LanguageModel`.
         vocabulary: The one it was trained with.
-        prompt: Words to begin with; without any, a new sentence begins. A
+        prompt: Words to begin with, or a text that is split at white space;
+            without any, a new sentence begins. A
             word that the vocabulary lacks becomes `<unk>` or, where that is
             lacking too, is left out; both are reported.
         max_new_tokens: How many words to add, at least 1.
@@ -64,7 +65,9 @@ def generate(
     Raises:
         UserError: If a number is out of its range.
     """
-    _check_range(max_new_tokens, temperature, top_k, top_p)
+    _check_range(max_new_tokens, temperature, top_k, top_p, seed)
+    if isinstance(prompt, str):
+        prompt = prompt.split()
     unknown_words = [word for word in prompt if word not in vocabulary]
     ids = vocabulary.encode(prompt, unknown="drop")
     read = ids if len(ids) else _start_of_sentence(vocabulary)
@@ -198,11 +201,13 @@ def _check_range(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int,
 ) -> None:
     for name, value, is_right, needed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature >= 0, "at least 0"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "at least 0"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in 0..1, not 0"),
     ):
         if not is_right or (value is not None and not np.isfinite(value)):

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from multilstm.errors import UserError
-from multilstm.ops import embedding_lookup, lstm
+from multilstm.ops import check_rows, embedding_lookup, lstm, masked_lstm
 
 State = tuple[Any, Any]
 
@@ -23,7 +23,7 @@ _INSTEAD = {
     "recurrent_dropout": "no fast kernel has it: use dropout",
     "unroll": "leave it out, the loop is the backend's matter",
     "use_cudnn": "leave it out, the fastest kernel there is runs",
-    "zero_output_for_mask": "leave it out, there are no masks",
+    "zero_output_for_mask": "leave it out, masked steps repeat the output",
 }
 
 
@@ -71,6 +71,10 @@ class LSTM(keras.layers.Layer):
         initial_state: `(h, c)`, each of shape `(batch, units)`. Default: the
             carried state where it is carried, otherwise zeros. An explicit
             state leaves the carried one alone.
+        mask: Bool tensor of shape `(batch, time)`; a step that is False
+            leaves the state and repeats the output, as with Keras's layer.
+            (Where steps are masked before the first and the initial state is
+            not zero, Keras's output is h on JAX, as here, and zero on others.)
         training: Whether dropout is applied.
 
     Output shape:
@@ -87,6 +91,8 @@ class LSTM(keras.layers.Layer):
     >>> [w.shape for w in layer.get_weights()]
     [(5, 16), (4, 16), (16,)]
     """
+
+    stateful = False  # for Keras's wrappers, which ask
 
     def __init__(
         self,
@@ -129,6 +135,7 @@ class LSTM(keras.layers.Layer):
         _check_activation(
             "recurrent_activation", recurrent_activation, "sigmoid"
         )
+        self.supports_masking = True
         self.units = int(units)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -193,11 +200,13 @@ class LSTM(keras.layers.Layer):
         self,
         sequence: Any,
         initial_state: State | None = None,
+        mask: Any = None,
         training: bool | None = None,
     ) -> Any:
         sequence = self.input_dropout(sequence, training=training)
         if self.go_backwards:
             sequence = ops.flip(sequence, axis=1)
+            mask = None if mask is None else ops.flip(mask, axis=1)
         carried = self.carried if initial_state is None else None
         if carried is not None:
             initial_state = carried.read(sequence)
@@ -207,7 +216,7 @@ class LSTM(keras.layers.Layer):
             ops.cast(state, self.compute_dtype) for state in initial_state
         )
         bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
-        y, h, c = lstm(
+        arguments = (
             sequence,
             h0,
             c0,
@@ -215,10 +224,19 @@ class LSTM(keras.layers.Layer):
             ops.convert_to_tensor(self.recurrent_kernel),
             ops.cast(ops.convert_to_tensor(bias), self.compute_dtype),
         )
+        if mask is None:
+            y, h, c = lstm(*arguments)
+        else:
+            y, h, c = masked_lstm(*arguments, mask)
         if carried is not None:
             carried.write(h, c)
         output = y if self.return_sequences else h
         return (output, h, c) if self.return_state else output
+
+    def compute_mask(self, sequence: Any, mask: Any = None) -> Any:
+        """The mask goes on with a sequence, with nothing else."""
+        output_mask = mask if self.return_sequences else None
+        return (output_mask, None, None) if self.return_state else output_mask
 
     def get_initial_state(self, batch_size: int) -> State:
         """Zeros for `batch_size` rows, as `keras.layers.LSTM` gives them."""
@@ -311,6 +329,8 @@ class _CarriedState(keras.layers.Layer):
                 f"a batch of {batch_size}. Use the same batch size, or pass "
                 "`initial_state`."
             )
+        if batch_size is None:  # TensorFlow, which knows it at run time
+            check_rows(sequence, self.h.shape[0])
         # A copy, since PyTorch's backward pass needs what is read here and
         # `write` overwrites the variable in place before it runs.
         h, c = (
@@ -349,15 +369,18 @@ class Embedding(keras.layers.Embedding):
 class ResetCarriedState(keras.callbacks.Callback):
     """Sets carried states to zero where a text begins.
 
-    That is at the start of each epoch and of each evaluation. `LanguageModel`
-    adds it to `fit` and `evaluate` itself; give it to `fit` of any other
-    model with `LSTM(carry_state=True)`.
+    That is at the start of each epoch, each evaluation and each prediction.
+    `LanguageModel` adds it to `fit`, `evaluate` and `predict` itself; give it
+    to those of any other model with `LSTM(carry_state=True)`.
     """
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         reset_carried_state(self.model)
 
     def on_test_begin(self, logs: Any = None) -> None:
+        reset_carried_state(self.model)
+
+    def on_predict_begin(self, logs: Any = None) -> None:
         reset_carried_state(self.model)
 
 

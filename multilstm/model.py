@@ -249,12 +249,15 @@ class LanguageModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.settings}
 
-    def compile(self, optimizer: Any = None, **kwargs: Any) -> None:
+    def compile(
+        self, optimizer: Any = None, loss: Any = None, **kwargs: Any
+    ) -> None:
         """As `keras.Model.compile`; the preset's optimizer by default."""
-        self.uses_own_loss = kwargs.get("loss") is None
+        self.uses_own_loss = loss is None
         if optimizer is None and self.preset is not None:
             optimizer = make_optimizer(find_preset(self.preset))
-        super().compile(optimizer or keras.optimizers.Adam(), **kwargs)
+        optimizer = optimizer or keras.optimizers.Adam()
+        super().compile(optimizer, loss, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """As `keras.Model.compile_from_config`, for a `compile` of our own."""
@@ -297,6 +300,12 @@ class LanguageModel(keras.Model):
         if self.carry_state:
             self._prepare_carry(args, kwargs)
         return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `keras.Model.predict`; starts from a state of zeros."""
+        if self.carry_state:
+            self._prepare_carry(args, kwargs)
+        return super().predict(*args, **kwargs)
 
     def _prepare_carry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -372,6 +381,9 @@ def _nats_and_tokens(
     if sample_weight is None:
         sample_weight = ops.ones_like(nll)
     sample_weight = ops.cast(sample_weight, nll.dtype)
+    if len(sample_weight.shape) < 2:  # a weight for each row
+        sample_weight = ops.expand_dims(sample_weight, -1)
+    sample_weight = ops.broadcast_to(sample_weight, ops.shape(nll))
     return ops.sum(nll * sample_weight), ops.sum(sample_weight)
 
 

@@ -4,28 +4,44 @@
 is the oracle for whatever replaces it on one of them.
 """
 
+import logging
+
 import keras
 
 from multilstm.ops.reference import (
+    check_rows,
     device_name,
     embedding_lookup,
     lstm,
+    masked_lstm,
     sync_variables,
 )
 
 if keras.config.backend() == "jax":
     from multilstm.ops.jax import device_name, sync_variables
 elif keras.config.backend() == "torch":
-    from multilstm.ops.torch import device_name
+    from multilstm.ops.torch import device_name, lstm
 elif keras.config.backend() == "tensorflow":
-    from multilstm.ops.tensorflow import device_name, embedding_lookup
+    from multilstm.ops.tensorflow import (
+        check_rows,
+        device_name,
+        embedding_lookup,
+    )
+else:
+    logging.getLogger(__name__).warning(
+        "multilstm has nothing made for the backend %s: the reference in "
+        "keras.ops runs, which may be slow and cannot train everywhere.",
+        keras.config.backend(),
+    )
 
 LSTM_KERNEL = f"{lstm.__module__}.{lstm.__name__}"
 
 __all__ = [
     "LSTM_KERNEL",
+    "check_rows",
     "device_name",
     "embedding_lookup",
     "lstm",
+    "masked_lstm",
     "sync_variables",
 ]

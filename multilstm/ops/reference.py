@@ -32,20 +32,70 @@ def lstm(
         Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et
         al., 2000, equations 1 to 6.
     """
-    projected = ops.matmul(x, kernel) + bias  # (batch, time, 4 * units)
-    projected = ops.transpose(projected, (1, 0, 2))
+    projected = _project(x, kernel, bias)
 
     def step(carry: Any, projection: Any) -> tuple[Any, Any]:
         h, c = carry
-        gates = projection + ops.matmul(h, recurrent_kernel)
-        i, f, g, o = ops.split(gates, 4, axis=-1)
-        c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
-        h = ops.sigmoid(o) * ops.tanh(c)
+        carry = _step(h, c, projection, recurrent_kernel)
         # TensorFlow's scan wants outputs of the same structure as the carry.
-        return (h, c), (h, c)
+        return carry, carry
 
     (h, c), (y, _) = ops.scan(step, (h0, c0), projected)
     return ops.transpose(y, (1, 0, 2)), h, c
+
+
+def masked_lstm(
+    x: Any,
+    h0: Any,
+    c0: Any,
+    kernel: Any,
+    recurrent_kernel: Any,
+    bias: Any,
+    mask: Any,
+) -> tuple[Any, Any, Any]:
+    """As `lstm`, where some steps leave the state as it is.
+
+    Args:
+        x: As for `lstm`, and so on.
+        h0: Likewise.
+        c0: Likewise.
+        kernel: Likewise.
+        recurrent_kernel: Likewise.
+        bias: Likewise.
+        mask: Bool tensor of shape `(batch, time)`. A step that is False
+            leaves the state, and h stands for its output.
+
+    Returns:
+        `(y, h, c)` as `lstm` does.
+    """
+    steps = (
+        _project(x, kernel, bias),
+        ops.transpose(ops.cast(mask, "bool"))[..., None],
+    )
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        h, c = carry
+        projection, is_read = inputs
+        new_h, new_c = _step(h, c, projection, recurrent_kernel)
+        carry = (ops.where(is_read, new_h, h), ops.where(is_read, new_c, c))
+        return carry, carry
+
+    (h, c), (y, _) = ops.scan(step, (h0, c0), steps)
+    return ops.transpose(y, (1, 0, 2)), h, c
+
+
+def _project(x: Any, kernel: Any, bias: Any) -> Any:
+    """The input projection, time first: `(time, batch, 4 * units)`."""
+    return ops.transpose(ops.matmul(x, kernel) + bias, (1, 0, 2))
+
+
+def _step(
+    h: Any, c: Any, projection: Any, recurrent_kernel: Any
+) -> tuple[Any, Any]:
+    gates = projection + ops.matmul(h, recurrent_kernel)
+    i, f, g, o = ops.split(gates, 4, axis=-1)
+    c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
+    return ops.sigmoid(o) * ops.tanh(c), c
 
 
 def embedding_lookup(table: Any, token_ids: Any) -> Any:
@@ -59,6 +109,13 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
         Tensor of shape `(*token_ids.shape, embedding_dim)`.
     """
     return ops.take(table, token_ids, axis=0)
+
+
+def check_rows(batch: Any, rows: int) -> None:
+    """Fails when the step runs with another number of rows.
+
+    Only TensorFlow compiles a step without knowing that number.
+    """
 
 
 def sync_variables(model: Any) -> None:

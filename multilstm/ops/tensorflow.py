@@ -31,6 +31,16 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
     return lookup(table)
 
 
+def check_rows(batch: Any, rows: int) -> None:
+    """Fails when the step runs with another number of rows."""
+    tf.debugging.assert_equal(
+        tf.shape(batch)[0],
+        rows,
+        f"The state is carried for {rows} rows. Use that batch size, or pass "
+        "`initial_state`.",
+    )
+
+
 def device_name() -> str:
     """The name of the device that TensorFlow computes on."""
     gpus = tf.config.list_physical_devices("GPU")
