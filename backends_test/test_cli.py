@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from multilstm import PRESETS, evaluate, load_corpus, load_run
+from multilstm import evaluate, load_corpus, load_run
 from multilstm.__main__ import main
 
 PROJECT = Path(__file__).parent.parent
@@ -72,27 +73,22 @@ def test_train_says_how_to_go_on_after_an_interrupt(
     def interrupt(self, batch, logs=None):
         os.kill(os.getpid(), 2)
 
-    monkeypatch.setattr(training.StepTimes, "on_train_batch_end", interrupt)
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     arguments = ["train", "--preset", tiny, "--corpus", corpus_folder]
-    status, lines, err = command(*arguments, "--out", out, "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.StepTimes, "on_train_batch_end", interrupt)
+        status, lines, err = command(*arguments, "--out", out, "--json")
     assert status == 1
     assert record(lines)["status"] == "interrupted"
     assert err.splitlines()[-1] == (
         "error: interrupted after 0 epochs, nothing is lost; "
-        f"go on with: multilstm train --out {out} --resume"
+        f"go on with: multilstm train --out '{out}' --resume "
+        f"--backend {BACKEND}"
     )
-    monkeypatch.undo()
-    monkeypatch.setenv("MULTILSTM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(PRESETS, tiny, _preset_of(out))
-    status, lines, _ = command("train", "--out", out, "--resume", "--json")
+    go_on = shlex.split(err.splitlines()[-1].partition("multilstm ")[2])
+    status, lines, _ = command(*go_on, "--json")
     assert status == 0
     assert record(lines)["epochs"] == 3
-
-
-def _preset_of(run):
-    config = json.loads((run / "config.json").read_text())
-    return type(PRESETS["small"])(**config["preset_settings"])
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -113,6 +109,48 @@ def test_evaluate_measures_the_split(split, command, run_folder):
     assert got["split"] == split
     assert got["backend"] == BACKEND
     assert f"{split} perplexity {measured.perplexity:.4f}" in lines[-2]
+
+
+def test_evaluate_finds_a_corpus_that_has_moved(
+    command, run_folder, corpus_folder
+):
+    _, lines, _ = command("evaluate", run_folder, "--json")
+    moved = corpus_folder.rename(corpus_folder.parent / "moved")
+    status, _, err = command("evaluate", run_folder)
+    assert status == 1
+    assert str(corpus_folder) in err
+    status, again, _ = command(
+        "evaluate", run_folder, "--corpus", moved, "--json"
+    )
+    assert status == 0
+    assert record(again)["test_perplexity"] == record(lines)["test_perplexity"]
+    with (moved / "train.txt").open("a") as file:
+        file.write("a b c\n")
+    status, _, err = command("evaluate", run_folder, "--corpus", moved)
+    assert status == 1
+    assert "its checksums differ" in err
+
+
+@pytest.mark.parametrize("command_name", ["evaluate", "train"])
+@pytest.mark.parametrize("settings", [None, {"no_such": 1}], ids=str)
+def test_run_of_another_version_is_explained(
+    settings, command_name, command, run_folder
+):
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    key = {"evaluate": "model", "train": "preset_settings"}[command_name]
+    config[key] = settings
+    if settings is None:
+        del config[key]
+    path.write_text(json.dumps(config))
+    arguments = {
+        "evaluate": ["evaluate", run_folder],
+        "train": ["train", "--out", run_folder, "--resume", "--epochs", 2],
+    }[command_name]
+    status, _, err = command(*arguments)
+    assert status == 1
+    assert "this version of multilstm" in err
+    assert err.count("\n") == 1
 
 
 def test_evaluate_gives_6_digits_for_any_cut(command, run_folder):
@@ -212,6 +250,9 @@ def test_corpus_tells_what_is_in_a_folder(command, corpus_folder):
         (["train", "--preset", "samll"], "received 'samll'"),
         (["train", "--corpus", "no/such"], "no/such"),
         (["train", "--epochs", "0"], "`epochs` must be at least 1"),
+        (["train", "--seed", "-1"], "`seed` must be at least 0"),
+        (["train", "--patience", "0"], "`patience` must be at least 1"),
+        (["train", "--learning-rate", "0"], "`learning_rate` must be above"),
         (["evaluate", "no/such/run"], "must be the folder of a run"),
         (["predict", "no/such/run"], "must be the folder of a run"),
         (["generate", "no/such/run"], "must be the folder of a run"),
@@ -325,6 +366,16 @@ def test_tutorial_script_ends_with_perplexity_and_a_sentence(
     assert last[:2] == ["generated:", "The"]
     assert set(last[2:]) <= {"The", "a", "b", "c", "d", "<eos>"}
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_tutorial_script_explains_a_mistake_in_one_line(tmp_path):
+    done = in_a_process(
+        *(PROJECT / "examples" / "train.py", "--corpus", "no/such"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "no/such" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_script_with_a_model_of_ones_own_runs(corpus_folder, tmp_path):

@@ -128,6 +128,17 @@ def test_config_comes_back_and_is_not_written_over(folder):
     assert Vocabulary.load(folder.vocabulary).words == ("a", "b")
 
 
+def test_what_a_run_is_asked_for_changes_where_it_came_from_does_not(folder):
+    origin = {"model": 1, "corpus_sha256": 2, "initial_weights_sha256": 3}
+    folder.create({"epochs": 1, **origin}, Vocabulary(["a"]))
+    folder.update_config({"epochs": 5, "model": 9, "corpus_sha256": 9})
+    assert folder.read_config() == {
+        "schema": "multilstm-run-1",
+        "epochs": 5,
+        **origin,
+    }
+
+
 def test_config_of_another_version_is_refused(folder):
     folder.path.mkdir()
     folder.config.write_text('{"schema": "multilstm-run-0"}')

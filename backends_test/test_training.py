@@ -232,6 +232,10 @@ def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
     assert result["best_epoch"] == 1
     assert result["status"] == "finished"
+    # It has ended: it does not train one epoch more each time.
+    assert train(epochs=9, patience=2, resume=True) == result
+    longer = train(patience=3, resume=True)
+    assert [row["epoch"] for row in longer["history"]] == [1, 2, 3, 4]
 
 
 # Going on
@@ -256,21 +260,13 @@ def test_crash_within_an_epoch_costs_no_more_than_a_checkpoint(
     preset, train, stop_after, monkeypatch
 ):
     expected = train("whole", preset=preset)
-    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
     saved = stop_after(5)
+    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
     with pytest.raises(MemoryError):
         train("parts", preset=preset)
     assert saved == [1, 2, 3, 4, 5]
-    monkeypatch.undo()
-    # What `undo` took back besides.
-    monkeypatch.setitem(PRESETS, preset, _as_recorded(expected))
     parts = train("parts", preset=preset, resume=True)
     np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
-
-
-def _as_recorded(result):
-    config = json.loads(RunFolder(result["run"]).config.read_text())
-    return type(PRESETS["small"])(**config["preset_settings"])
 
 
 @pytest.mark.parametrize("batch", [4, 100], ids="batch={}".format)
@@ -313,6 +309,52 @@ def test_finished_run_is_not_trained_again(train, stop_after):
     assert train(resume=True) == expected
 
 
+def test_run_remembers_for_how_long_it_was_asked_to_go_on(train, interrupt_at):
+    expected = train("whole", epochs=4)
+    train("parts", epochs=1)
+    interrupt_at(50)
+    stopped = train("parts", epochs=4, resume=True)
+    assert (stopped["status"], stopped["epochs"]) == ("interrupted", 2)
+    parts = train("parts", resume=True)
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+
+
+def test_result_of_fewer_epochs_is_not_given_for_more(train, stop_after):
+    train(epochs=1)
+    stop_after(1, KeyboardInterrupt)  # the second epoch is on the disk
+    with pytest.raises(KeyboardInterrupt):
+        train(epochs=2, resume=True)
+    result = train(resume=True)
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
+    assert result["epochs"] == 2
+
+
+def test_interrupted_run_may_end_where_it_is(train, interrupt_at):
+    interrupt_at(50)
+    assert train()["status"] == "interrupted"
+    result = train(epochs=1, resume=True)
+    assert (result["status"], result["epochs"]) == ("finished", 1)
+    assert result["test_perplexity"] > 1
+
+
+def test_run_keeps_the_preset_that_it_began_with(train, monkeypatch):
+    expected = train("whole")
+    train("parts", epochs=1)
+    other = replace(PRESETS["tiny"], learning_rate=9.0, units=5)
+    monkeypatch.setitem(PRESETS, "tiny", other)
+    parts = train("parts", epochs=3, resume=True)
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+
+
+def test_learning_rate_replaces_that_of_the_preset(train):
+    result = train(epochs=1, learning_rate=0.001)
+    assert result["learning_rate"] == 0.001
+    again = train(epochs=2, learning_rate=0.002, resume=True)
+    rates = [row["learning_rate"] for row in again["history"]]
+    # float32.
+    np.testing.assert_allclose(rates, [0.001, 0.002], rtol=1e-6)
+
+
 def test_resume_starts_a_run_where_there_is_none(train):
     assert train(epochs=1, resume=True)["epochs"] == 1
 
@@ -346,6 +388,28 @@ def test_loss_that_is_no_number_stops_the_run(
     if good_epochs:
         assert folder.checkpoint.read_bytes() == before
         load_run(folder.path)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(train, monkeypatch):
+    """The loss of their batch was a number still."""
+    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
+    step, steps = training_module.StepTimes.on_train_batch_end, []
+
+    def step_and_ruin(self, batch, logs=None):
+        step(self, batch, logs)
+        steps.append(batch)
+        if len(steps) == 5:
+            training_module.sync_variables(self.model)
+            self.model.projection.bias.assign(np.full(9, np.nan))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_module.StepTimes, "on_train_batch_end", step_and_ruin
+        )
+        message = "nan in epoch 1, batch 5; .* after batch 4 of epoch 1 is kept"
+        with pytest.raises(DivergedError, match=message):
+            train()
+    assert train(resume=True)["status"] == "finished"
 
 
 def test_rate_that_is_too_high_is_told(train):
@@ -397,6 +461,17 @@ def test_sizes_below_one_are_refused(name, train, tmp_path):
 def test_text_that_is_too_short_is_refused(train, tmp_path):
     with pytest.raises(UserError, match="need at least 50001 tokens"):
         train(batch_size=1000, sequence_length=50)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_text_without_a_word_to_predict_is_refused(
+    split, train, corpus_folder, tmp_path
+):
+    (corpus_folder / f"{split}.txt").write_text("\n")
+    with pytest.raises(UserError, match=f"{split} text of letters .* it has 1"):
+        train()
+    assert not (tmp_path / "run").exists()
 
 
 def test_broken_checkpoint_is_told(train, tmp_path):

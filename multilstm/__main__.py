@@ -6,6 +6,7 @@ Arguments are read, the backend is chosen, and only then Keras is imported.
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,8 @@ from rich.table import Table
 
 from multilstm.errors import UserError
 from multilstm.files import finite_or_none
-from multilstm.selection import (
-    compare,
-    parse_pythons,
-    select_backend,
-)
+from multilstm.presets import find_preset
+from multilstm.selection import compare, parse_pythons, select_backend
 
 UnknownWords = Literal["error", "drop"]
 Run = Annotated[Path, tyro.conf.Positional]
@@ -64,6 +62,8 @@ class Train(OnBackend):
     """Rows a batch. Default: the preset's."""
     sequence_length: int | None = None
     """Steps of back-propagation. Default: the preset's."""
+    learning_rate: float | None = None
+    """Of the first epochs. Default: the preset's."""
     seed: int | None = None
     """For initial weights and dropout. Default: 0."""
     patience: int | None = None
@@ -74,7 +74,8 @@ class Train(OnBackend):
     """What to do with words of valid and test that train has not, where the
     vocabulary has no <unk>: error (default) or drop."""
     resume: bool = False
-    """Go on from the checkpoint in --out, or start where there is none."""
+    """Go on from the checkpoint in --out, or start where there is none. Only
+    --epochs, --patience and --learning-rate may change."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,6 +86,8 @@ class Evaluate(OnBackend):
     """Folder of a run."""
     split: Literal["train", "valid", "test"] = "test"
     """Which text."""
+    corpus: str | None = None
+    """The run's corpus, where its folder has moved."""
     batch_size: int = 20
     """Rows read at once; it does not change the result."""
     sequence_length: int = 64
@@ -101,6 +104,8 @@ class Predict(OnBackend):
     """Position of the first word to predict."""
     num_words: int = 10
     """How many words to predict."""
+    corpus: str | None = None
+    """The run's corpus, where its folder has moved."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -187,7 +192,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
     )
 
     model, _, config = load_run(options.run)
-    corpus = load_run_corpus(config, options.data)
+    corpus = load_run_corpus(config, options.data, options.corpus)
     measured = evaluate(
         model,
         corpus.split(options.split),
@@ -219,7 +224,7 @@ def run_predict(options: Predict, console: Console) -> dict[str, Any]:
     from multilstm.training import load_run, load_run_corpus
 
     model, vocabulary, config = load_run(options.run)
-    corpus = load_run_corpus(config, options.data)
+    corpus = load_run_corpus(config, options.data, options.corpus)
     record: dict[str, Any] = {"run": str(options.run)}
     for split, title in (("train", "Training data"), ("test", "Test data")):
         actual, predicted = (
@@ -300,6 +305,8 @@ def run_corpus(options: Corpus, console: Console) -> dict[str, Any]:
 
 
 def run_compare(options: Compare, console: Console) -> dict[str, Any]:
+    if options.epochs is None:  # not those of runs that are there already
+        options.epochs = find_preset(options.preset or "small").epochs
     arguments = []
     for name in ("preset", "corpus", "epochs", "seed", "data"):
         value = getattr(options, name)
@@ -394,9 +401,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if record.get("status") == "interrupted":
         return _fail(
             f"interrupted after {record['epochs']} epochs, nothing is lost; "
-            f"go on with: multilstm train --out {record['run']} --resume"
+            f"go on with: {_command_to_go_on(options, record)}"
         )
     return 0
+
+
+def _command_to_go_on(options: Train, record: dict[str, Any]) -> str:
+    command = ["multilstm", "train", "--out", record["run"], "--resume"]
+    command += ["--backend", record["backend"]]
+    if options.data is not None:
+        command += ["--data", str(options.data)]
+    return shlex.join(command)
 
 
 def _speed(result: dict[str, Any]) -> str:

