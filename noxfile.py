@@ -54,6 +54,9 @@ def types(session: nox.Session) -> None:
 def test(session: nox.Session, backend: str) -> None:
     install_backend(session, backend, group="test")
     session.env["COVERAGE_FILE"] = f".coverage.{backend}"
+    # The models of the tests are tiny. PyTorch's threads would only wait for
+    # each other, ten times longer where the machine has other work.
+    session.env.setdefault("OMP_NUM_THREADS", "1")
     session.run(
         *("coverage", "run", "-m", "pytest", *session.posargs),
     )

@@ -28,7 +28,7 @@ from multilstm import __version__
 from multilstm.corpus import NAMES, Corpus, load_corpus
 from multilstm.dataset import ContinuousStreams, NextWordWindows
 from multilstm.errors import UserError
-from multilstm.evaluation import PROTOCOL, Evaluator, evaluate
+from multilstm.evaluation import PROTOCOL, Evaluator
 from multilstm.files import finite_or_none, read_json, replacing, write_json
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import LSTM_KERNEL, device_name, sync_variables
@@ -654,6 +654,7 @@ def _finish(
     }
     if not keeper.interrupted:
         best, _, _ = load_run(folder.path)
-        result["test_perplexity"] = evaluate(best, data.test).perplexity
+        model.set_weights(best.get_weights())
+        result["test_perplexity"] = keeper.evaluator(data.test).perplexity
     write_json(folder.result, finite_or_none(result))
     return result
