@@ -241,6 +241,34 @@ def test_corpus_tells_what_is_in_a_folder(command, corpus_folder):
     assert any(f"{train['num_tokens']:,}" in line for line in lines)
 
 
+def test_compare_shows_a_row_for_each_backend(command, corpus_folder, tmp_path):
+    arguments = [
+        *("compare", "--python", f"{BACKEND}={sys.executable}"),
+        *("--corpus", corpus_folder, "--epochs", 1, "--json"),
+    ]
+    status, lines, _ = command(*arguments, "--out", tmp_path / "both")
+    assert status == 0
+    got = record(lines)
+    assert got == json.loads((tmp_path / "both/comparison.json").read_text())
+    result = got["results"][BACKEND]
+    (row,) = (line for line in lines if line.startswith(f"│ {BACKEND}"))
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    valid = result["history"][0]["valid_perplexity"]
+    speed = result["history"][0]["tokens_per_second"]
+    assert cells == [
+        BACKEND,
+        f"{valid:.2f}",
+        f"{result['test_perplexity']:.2f}",
+        f"{speed:,.0f}",
+    ]
+    status, lines, err = command(
+        *arguments, "--preset", "samll", "--out", tmp_path / "none"
+    )
+    assert status == 1
+    assert any("ended with status 1" in line for line in lines)
+    assert f"Training failed on {BACKEND}" in err
+
+
 # Mistakes: one line, no traceback
 
 
