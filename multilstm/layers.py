@@ -135,7 +135,6 @@ class LSTM(keras.layers.Layer):
         _check_activation(
             "recurrent_activation", recurrent_activation, "sigmoid"
         )
-        self.supports_masking = True
         self.units = int(units)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
