@@ -96,6 +96,7 @@ def test_other_names_are_not_there():
     with pytest.raises(AttributeError, match=r"'multilstm' has no .* 'Tokens'"):
         _ = multilstm.Tokens
     with pytest.raises(ImportError, match="Tokens"):
+        # The import is what is tested, there is nothing to use.
         from multilstm import Tokens  # noqa: F401
 
 

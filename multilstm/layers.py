@@ -385,13 +385,9 @@ class ResetCarriedState(keras.callbacks.Callback):
 
 def reset_carried_state(model: Any) -> None:
     """Sets the carried state of every LSTM inside `model` to zero."""
-    for variable in carried_state_of(model):
-        variable.assign(np.zeros(variable.shape, np.float32))
-
-
-def carried_state_of(model: Any) -> list[Any]:
-    """The variables of every carried state inside `model`, however deep."""
-    return [v for v in model.variables if getattr(v, "is_carried_state", False)]
+    for variable in model.variables:
+        if getattr(variable, "is_carried_state", False):
+            variable.assign(np.zeros(variable.shape, np.float32))
 
 
 def _check_activation(argument: str, activation: Any, needed: str) -> None:
