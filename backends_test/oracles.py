@@ -14,17 +14,103 @@ def sigmoid(x: Array) -> Array:
 
 
 def lstm(
-    x: Array, h: Array, c: Array, kernel: Array, recurrent: Array, bias: Array
+    x: Array,
+    h: Array,
+    c: Array,
+    kernel: Array,
+    recurrent: Array,
+    bias: Array,
+    mask: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Steps through time with the textbook's equations, one at a time."""
     outputs = []
     for t in range(x.shape[1]):
         gates = x[:, t] @ kernel + h @ recurrent + bias
         i, f, g, o = np.split(gates, 4, axis=-1)
-        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-        h = sigmoid(o) * np.tanh(c)
+        is_read = True if mask is None else mask[:, t, np.newaxis]
+        c = np.where(is_read, sigmoid(f) * c + sigmoid(i) * np.tanh(g), c)
+        h = np.where(is_read, sigmoid(o) * np.tanh(c), h)
         outputs.append(h)
     return np.stack(outputs, axis=1), h, c
+
+
+def lstm_gradients(
+    arguments: Sequence[Array],
+    upstream: Sequence[Array],
+    mask: NDArray[np.bool_] | None = None,
+) -> list[Array]:
+    """Back through time, one weight gradient added up at each step.
+
+    `arguments` are those of `lstm`, `upstream` belongs to its three outputs.
+    """
+    x, h, c, kernel, recurrent, bias = arguments
+    steps = []
+    for t in range(x.shape[1]):
+        i, f, g, o = np.split(x[:, t] @ kernel + h @ recurrent + bias, 4, -1)
+        gates = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
+        before = h, c
+        read = slice(t, t + 1)
+        _, h, c = lstm(
+            x[:, read],
+            h,
+            c,
+            kernel,
+            recurrent,
+            bias,
+            None if mask is None else mask[:, read],
+        )
+        steps.append((*gates, *before, c))
+    dy, dh, dc = upstream
+    dx = np.zeros_like(x)
+    d_kernel, d_recurrent, d_bias = (
+        np.zeros_like(weight) for weight in (kernel, recurrent, bias)
+    )
+    for t in reversed(range(x.shape[1])):
+        i, f, g, o, h_before, c_before, c = steps[t]
+        is_read = np.ones((len(x), 1), bool)
+        if mask is not None:
+            is_read = mask[:, t, np.newaxis]
+        dh = dh + dy[:, t]
+        d_cell = dc + dh * o * (1 - np.tanh(c) ** 2)
+        d_gates = np.concatenate(
+            [
+                d_cell * g * i * (1 - i),
+                d_cell * c_before * f * (1 - f),
+                d_cell * i * (1 - g**2),
+                dh * np.tanh(c) * o * (1 - o),
+            ],
+            axis=-1,
+        )
+        d_gates = np.where(is_read, d_gates, 0)
+        dx[:, t] = d_gates @ kernel.T
+        d_kernel += x[:, t].T @ d_gates
+        d_recurrent += h_before.T @ d_gates
+        d_bias += d_gates.sum(0)
+        dc = np.where(is_read, d_cell * f, dc)
+        dh = np.where(is_read, d_gates @ recurrent.T, dh)
+    return [dx, dh, dc, d_kernel, d_recurrent, d_bias]
+
+
+def linear_cross_entropy(
+    features: Array, kernel: Array, bias: Array, targets: NDArray[np.int32]
+) -> Array:
+    """-log softmax(features @ kernel + bias) at the targets, a row each."""
+    log_p = log_softmax(features @ kernel + bias)
+    return -log_p[np.arange(len(targets)), targets]
+
+
+def linear_cross_entropy_gradients(
+    features: Array,
+    kernel: Array,
+    bias: Array,
+    targets: NDArray[np.int32],
+    upstream: Array,
+) -> list[Array]:
+    """Of features, kernel and bias: those of the logits are p - one_hot."""
+    p = np.exp(log_softmax(features @ kernel + bias))
+    p[np.arange(len(targets)), targets] -= 1
+    errors = p * upstream[:, np.newaxis]
+    return [errors @ kernel.T, features.T @ errors, errors.sum(0)]
 
 
 def log_softmax(logits: Array) -> Array:

@@ -1,6 +1,7 @@
 """The operations against the textbook's equations, on this backend."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -13,13 +14,107 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilstm import ops
+from multilstm.ops import evidence, reference
 
 sizes = st.integers(min_value=1, max_value=7)
+BACKEND = keras.config.backend()
+
+# float32 against float64: sums of a few dozen products of size 1.
+FLOAT32 = {"rtol": 1e-5, "atol": 2e-6}
+# Eight bits of mantissa, some of them lost at each step.
+BFLOAT16 = {"rtol": 5e-2, "atol": 5e-2}
 
 
-def run_lstm(*arrays):
-    tensors = [keras.ops.convert_to_tensor(array) for array in arrays]
-    return [keras.ops.convert_to_numpy(out) for out in ops.lstm(*tensors)]
+def run(function, arrays, upstream=None, *, traced=False, dtype="float32"):
+    """Outputs of `function` and gradients of floats among `arrays`, as NumPy.
+
+    The gradients are those of the sum of outputs times `upstream`.
+    """
+    tensors = [
+        keras.ops.convert_to_tensor(
+            array, dtype if array.dtype.kind == "f" else None
+        )
+        for array in arrays
+    ]
+    places = [n for n, array in enumerate(arrays) if array.dtype.kind == "f"]
+    outputs, gradients = {
+        "jax": run_jax,
+        "torch": run_torch,
+        "tensorflow": run_tensorflow,
+    }[BACKEND](function, tensors, places, upstream, traced)
+    return [
+        [
+            np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")))
+            for t in group
+        ]
+        for group in (outputs, gradients)
+    ]
+
+
+def run_jax(function, tensors, places, upstream, traced):
+    import jax
+
+    def of_floats(*floats):
+        arguments = list(tensors)
+        for place, tensor in zip(places, floats, strict=True):
+            arguments[place] = tensor
+        outputs = function(*arguments)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def both(*floats):
+        outputs, back = jax.vjp(of_floats, *floats)
+        if upstream is None:
+            return outputs, ()
+        return outputs, back(
+            tuple(
+                jax.numpy.asarray(u, out.dtype)
+                for u, out in zip(upstream, outputs, strict=True)
+            )
+        )
+
+    both = jax.jit(both) if traced else both
+    return both(*(tensors[place] for place in places))
+
+
+def run_torch(function, tensors, places, upstream, traced):
+    import torch
+
+    floats = [tensors[p].detach().clone().requires_grad_() for p in places]
+    arguments = list(tensors)
+    for place, tensor in zip(places, floats, strict=True):
+        arguments[place] = tensor
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if upstream is None:
+        return [out.detach() for out in outputs], ()
+    torch.autograd.backward(
+        outputs,
+        [
+            torch.as_tensor(u).to(out.dtype)
+            for u, out in zip(upstream, outputs, strict=True)
+        ],
+    )
+    return [out.detach() for out in outputs], [t.grad for t in floats]
+
+
+def run_tensorflow(function, tensors, places, upstream, traced):
+    import tensorflow as tf
+
+    def both(*tensors):
+        floats = [tensors[place] for place in places]
+        with tf.GradientTape() as tape:
+            tape.watch(floats)
+            outputs = function(*tensors)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if upstream is None:
+            return outputs, ()
+        weights = [
+            tf.cast(u, out.dtype)
+            for u, out in zip(upstream, outputs, strict=True)
+        ]
+        return outputs, tape.gradient(outputs, floats, weights)
+
+    return (tf.function(both) if traced else both)(*tensors)
 
 
 def draw_arguments(rng, batch, time, features, units):
@@ -34,6 +129,49 @@ def draw_arguments(rng, batch, time, features, units):
     return [rng.normal(0, 0.5, shape).astype(np.float32) for shape in shapes]
 
 
+def draw_upstream(rng, batch, time, units):
+    shapes = ((batch, time, units), (batch, units), (batch, units))
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def check_lstm(function, arguments, upstream, mask=None, **options):
+    """Outputs and all gradients are the oracle's, which steps in float64."""
+    tolerance = options.pop("tolerance", FLOAT32)
+    exact = [array.astype(float) for array in arguments]
+    arrays = arguments if mask is None else [*arguments, mask]
+    outputs, gradients = run(function, arrays, upstream, **options)
+    expected = (
+        oracles.lstm(*exact, mask),
+        oracles.lstm_gradients(exact, upstream, mask),
+    )
+    for got, truth in zip((outputs, gradients), expected, strict=True):
+        for array, true_array in zip(got, truth, strict=True):
+            np.testing.assert_allclose(array, true_array, **tolerance)
+
+
+def test_oracle_of_gradients_agrees_with_finite_steps(rng):
+    arguments = [a.astype(float) for a in draw_arguments(rng, 2, 4, 3, 5)]
+    upstream = draw_upstream(rng, 2, 4, 5)
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]], bool)
+    gradients = oracles.lstm_gradients(arguments, upstream, mask)
+    for number, gradient in enumerate(gradients):
+        direction = rng.standard_normal(gradient.shape)
+        values = []
+        for step in (-1e-5, 1e-5):
+            moved = list(arguments)
+            moved[number] = moved[number] + step * direction
+            outputs = oracles.lstm(*moved, mask)
+            values.append(
+                sum(
+                    np.sum(u * out)
+                    for u, out in zip(upstream, outputs, strict=True)
+                )
+            )
+        slope = (values[1] - values[0]) / 2e-5
+        # A finite step of 1e-5 is exact to its square.
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, 1e-7)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     batch=sizes,
@@ -43,17 +181,81 @@ def draw_arguments(rng, batch, time, features, units):
     from_zeros=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_lstm_follows_the_equations_step_by_step(
+def test_lstm_and_its_gradients_follow_the_equations(
     batch, time, features, units, from_zeros, seed
 ):
     rng = np.random.default_rng(seed)
     arguments = draw_arguments(rng, batch, time, features, units)
     if from_zeros:
         arguments[1:3] = [np.zeros_like(state) for state in arguments[1:3]]
-    expected = oracles.lstm(*(array.astype(float) for array in arguments))
-    for output, truth in zip(run_lstm(*arguments), expected, strict=True):
-        # float32 against float64.
-        np.testing.assert_allclose(output, truth, rtol=1e-5, atol=1e-6)
+    check_lstm(ops.lstm, arguments, draw_upstream(rng, batch, time, units))
+
+
+@pytest.mark.parametrize(
+    "function", [ops.lstm, reference.lstm], ids=["ops", "reference"]
+)
+@pytest.mark.parametrize("sizes", [(3, 5, 4, 6), (1, 1, 1, 1)], ids=str)
+def test_lstm_in_a_compiled_step_follows_the_equations(rng, function, sizes):
+    batch, time, _, units = sizes
+    check_lstm(
+        function,
+        draw_arguments(rng, *sizes),
+        draw_upstream(rng, batch, time, units),
+        traced=True,
+    )
+
+
+RIGHT_PADDED = [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+WITH_HOLES = [[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize(
+    "mask", [RIGHT_PADDED, WITH_HOLES], ids=["right-padded", "holes"]
+)
+def test_masked_steps_leave_the_state_and_its_gradient(rng, mask, traced):
+    check_lstm(
+        ops.lstm,
+        draw_arguments(rng, 4, 4, 3, 5),
+        draw_upstream(rng, 4, 4, 5),
+        np.array(mask, bool),
+        traced=traced,
+    )
+
+
+def test_masked_steps_leave_the_reference_too(rng):
+    check_lstm(
+        reference.lstm,
+        draw_arguments(rng, 4, 4, 3, 5),
+        draw_upstream(rng, 4, 4, 5),
+        np.array(WITH_HOLES, bool),
+    )
+
+
+def test_lstm_in_bfloat16_is_near_the_equations(rng):
+    arguments = draw_arguments(rng, 3, 5, 4, 6)
+    upstream = draw_upstream(rng, 3, 5, 6)
+    check_lstm(
+        ops.lstm, arguments, upstream, dtype="bfloat16", tolerance=BFLOAT16
+    )
+    (y, h, c), _ = run(ops.lstm, arguments, dtype="bfloat16", traced=True)
+    np.testing.assert_array_equal(y[:, -1], h)
+    assert c.shape == (3, 6)
+
+
+def test_states_of_a_long_bfloat16_run_do_not_stall(rng):
+    """A cell that gains 1/256 a step: in bfloat16 sums it would stop at 1."""
+    arguments = [
+        np.zeros(shape, np.float32)
+        for shape in ((1, 600, 1), (1, 1), (1, 1), (1, 4), (1, 4), (4,))
+    ]
+    # Input gate and forget gate open, the candidate tanh(1/256).
+    arguments[-1][:] = [20, 20, 1 / 256, 0]
+    (_, _, c), _ = run(ops.lstm, arguments, dtype="bfloat16")
+    if BACKEND == "torch":  # oneDNN's own sums decide
+        assert np.isfinite(c).all()
+    else:
+        np.testing.assert_allclose(c, 600 / 256, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +269,506 @@ def test_lstm_is_what_keras_computes(rng, batch, time, units):
     layer.build((batch, time, 3))
     layer.set_weights(weights)
     expected = layer(x, initial_state=[h0, c0])
-    for output, truth in zip(
-        run_lstm(x, h0, c0, *weights), expected, strict=True
-    ):
+    outputs, _ = run(ops.lstm, [x, h0, c0, *weights])
+    for output, truth in zip(outputs, expected, strict=True):
         truth = keras.ops.convert_to_numpy(truth)
         # float32 sums in another order.
         np.testing.assert_allclose(output, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="compares with torch.nn.LSTM, and PyTorch is not installed",
+)
+def test_layers_in_a_stack_are_what_torch_computes(rng):
+    import torch
+
+    x, h0, c0, *first = draw_arguments(rng, 2, 7, 3, 5)
+    _, h1, c1, *second = draw_arguments(rng, 2, 7, 5, 5)
+    module = torch.nn.LSTM(3, 5, num_layers=2, batch_first=True)
+    with torch.no_grad():
+        for layer, (kernel, recurrent, bias) in enumerate((first, second)):
+            for name, value in (
+                ("weight_ih", kernel.T),
+                ("weight_hh", recurrent.T),
+                ("bias_ih", bias),
+                ("bias_hh", 0 * bias),
+            ):
+                getattr(module, f"{name}_l{layer}").copy_(
+                    torch.as_tensor(value)
+                )
+    states = tuple(
+        torch.as_tensor(np.stack(pair)) for pair in ((h0, h1), (c0, c1))
+    )
+    y, (h, c) = module(torch.as_tensor(x), states)
+    got, final = ops.lstm_stack(
+        *(
+            keras.tree.map_structure(keras.ops.convert_to_tensor, part)
+            for part in (x, [(h0, c0), (h1, c1)], [first, second])
+        )
+    )
+    for output, truth in (
+        (got, y),
+        *((final[n][0], h[n]) for n in range(2)),
+        *((final[n][1], c[n]) for n in range(2)),
+    ):
+        # float32 sums in another order.
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(output),
+            truth.detach().numpy(),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def test_kernel_that_ran_is_named_after_it_ran(rng, monkeypatch):
+    monkeypatch.setattr(evidence, "_last_kernel", None)
+    assert ops.last_kernel() is None
+    arguments = draw_arguments(rng, 2, 3, 4, 5)
+    run(ops.lstm, arguments, traced=True)
+    assert (
+        ops.last_kernel()
+        == {
+            "jax": "jax: scan",
+            "torch": "torch: onednn",
+            "tensorflow": "tensorflow: xla loop",
+        }[BACKEND]
+    )
+    run(reference.lstm, arguments)
+    assert ops.last_kernel() == "reference: scan"
+
+
+@pytest.mark.parametrize("mask", [RIGHT_PADDED, WITH_HOLES])
+def test_masks_keep_the_fast_kernel(rng, mask):
+    arguments = draw_arguments(rng, 4, 4, 3, 5)
+    run(ops.lstm, arguments)
+    unmasked = ops.last_kernel()
+    run(reference.lstm, arguments)
+    run(ops.lstm, [*arguments, np.array(mask, bool)])
+    assert ops.last_kernel() == unmasked
+
+
+def test_what_masked_steps_hold_does_not_matter(rng):
+    arguments = draw_arguments(rng, 4, 4, 3, 5)
+    mask = np.array(WITH_HOLES, bool)
+    expected, _ = run(ops.lstm, [*arguments, mask])
+    arguments[0] = np.where(mask[..., None], arguments[0], np.nan)
+    outputs, _ = run(ops.lstm, [*arguments, mask])
+    for output, truth in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(output, truth)
+
+
+# cuDNN, as far as it can be tested without a GPU ------------------------------
+
+
+def test_weights_are_packed_as_cudnn_has_them(rng):
+    """By the reading of JAX, which ships what takes them apart."""
+    rnn = pytest.importorskip(
+        "jax.experimental.rnn", reason="JAX has the layout"
+    )
+    _, _, _, *first = draw_arguments(rng, 1, 1, 3, 5)
+    _, _, _, *second = draw_arguments(rng, 1, 1, 5, 5)
+    packed = reference.pack_for_cudnn(
+        [
+            [keras.ops.convert_to_tensor(w) for w in weights]
+            for weights in (first, second)
+        ]
+    )
+    groups = rnn.unpack_lstm_weights(np.asarray(packed), 3, 5, 2, False)
+    for layer, (kernel, recurrent, bias) in enumerate((first, second)):
+        expected = (kernel.T, recurrent.T, bias, 0 * bias)
+        for group, truth in zip(groups, expected, strict=True):
+            # Rows are copied: exact.
+            np.testing.assert_array_equal(group[layer], truth)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's implementation")
+@pytest.mark.parametrize(
+    "mask",
+    [None, RIGHT_PADDED, WITH_HOLES],
+    ids=["unmasked", "right-padded", "holes"],
+)
+def test_jax_calls_cudnn_with_the_right_arguments(rng, mask, monkeypatch):
+    """JAX's own model of the call, in plain JAX, stands for the GPU."""
+    import jax
+    from jax.experimental import rnn
+
+    def model_of_cudnn(
+        x,
+        h0,
+        c0,
+        weights,
+        lengths,
+        *,
+        input_size,
+        hidden_size,
+        num_layers,
+        dropout,
+        bidirectional,
+    ):
+        parts = rnn.unpack_lstm_weights(
+            weights, input_size, hidden_size, num_layers, bidirectional
+        )
+        return rnn.lstm_ref(
+            x,
+            h0,
+            c0,
+            *parts,
+            lengths,
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout,
+            bidirectional,
+        )
+
+    monkeypatch.setattr(rnn, "lstm", model_of_cudnn)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_lstm(
+        ops.lstm,
+        draw_arguments(rng, 4, 4, 3, 5),
+        draw_upstream(rng, 4, 4, 5),
+        None if mask is None else np.array(mask, bool),
+    )
+    assert ops.last_kernel() == "jax: cudnn"
+    _, h0, c0, *first = draw_arguments(rng, 2, 7, 3, 5)
+    x, h1, c1, *second = draw_arguments(rng, 2, 7, 5, 5)
+    x = x[..., :3]
+    y, final = ops.lstm_stack(x, [(h0, c0), (h1, c1)], [first, second])
+    expected, *_ = oracles.lstm(
+        oracles.lstm(x, h0, c0, *first)[0], h1, c1, *second
+    )
+    np.testing.assert_allclose(y, expected, **FLOAT32)
+    assert len(final) == 2
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's implementation")
+def test_jax_says_why_cudnn_is_not_used_or_not_in_bfloat16(
+    rng, caplog, monkeypatch
+):
+    import jax
+    from jax.experimental import rnn
+
+    monkeypatch.setattr(evidence, "_explained", set())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arguments = draw_arguments(rng, 2, 3, 4, 5)
+    with (
+        jax.default_matmul_precision("bfloat16"),
+        caplog.at_level(logging.WARNING, logger="multilstm.ops"),
+    ):
+        for _ in range(2):
+            run(ops.lstm, arguments)
+    assert ops.last_kernel() == "jax: scan"
+    [message] = caplog.messages
+    assert "jax_default_matmul_precision='bfloat16'" in message
+    caplog.clear()
+    dtypes = []
+
+    def lstm(x, h0, c0, weights, lengths, **sizes):
+        dtypes.extend(a.dtype.name for a in (x, h0, c0, weights, lengths))
+        return x[..., :1] + jax.numpy.zeros(5), h0, c0
+
+    monkeypatch.setattr(rnn, "lstm", lstm)
+    run(ops.lstm, arguments, dtype="bfloat16")
+    assert dtypes == ["float32"] * 4 + ["int32"]
+    [message] = caplog.messages
+    assert "float32 alone" in message
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="of TensorFlow's implementation"
+)
+@pytest.mark.parametrize(
+    "mask", [None, RIGHT_PADDED], ids=["unmasked", "right-padded"]
+)
+def test_tensorflow_builds_a_step_with_cudnn_and_its_gradient(
+    rng, mask, monkeypatch
+):
+    """No GPU to run it: the shapes and the gradient's operation are checked."""
+    import tensorflow as tf
+
+    from multilstm.ops import tensorflow
+
+    monkeypatch.setattr(tensorflow, "_has_gpu", lambda: True)
+    assert not ops.has_xla()
+    arguments = [
+        tf.constant(array) for array in draw_arguments(rng, 4, 4, 3, 5)
+    ]
+
+    @tf.function
+    def step(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            y, h, c = ops.lstm(*arguments, mask)
+            total = sum(map(tf.reduce_sum, (y, h, c)))
+        return (y, h, c), tape.gradient(total, arguments)
+
+    graph = step.get_concrete_function(*arguments)
+    (y, h, c), gradients = graph.structured_outputs
+    assert (y.shape, h.shape, c.shape) == ((4, 4, 5), (4, 5), (4, 5))
+    assert [g.shape for g in gradients] == [a.shape for a in arguments]
+    operations = {
+        node.op
+        for function in graph.graph.as_graph_def().library.function
+        for node in function.node_def
+    } | {operation.type for operation in graph.graph.get_operations()}
+    assert {"CudnnRNNV3", "CudnnRNNBackpropV3"} <= operations
+    assert ops.last_kernel() == "tensorflow: cudnn"
+
+
+# Optimizers -------------------------------------------------------------------
+
+
+def make_optimizers():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    return {
+        "Adam": lambda: keras.optimizers.Adam(1e-2),
+        "Adam clipped": lambda: keras.optimizers.Adam(
+            1e-2, global_clipnorm=0.5
+        ),
+        "Adam by a schedule": lambda: keras.optimizers.Adam(schedule),
+        "SGD": lambda: keras.optimizers.SGD(0.3),
+        "SGD clipped": lambda: keras.optimizers.SGD(0.3, global_clipnorm=0.5),
+        "SGD not clipped yet": lambda: keras.optimizers.SGD(
+            0.3, global_clipnorm=500.0
+        ),
+        "AdamW": lambda: keras.optimizers.AdamW(1e-2),
+        "Adam with an average": lambda: keras.optimizers.Adam(use_ema=True),
+        "SGD with momentum": lambda: keras.optimizers.SGD(0.3, momentum=0.9),
+        "Adam clipped each": lambda: keras.optimizers.Adam(clipnorm=0.5),
+    }
+
+
+def run_optimizer(optimizer):
+    rng = np.random.default_rng(3)
+    shapes = ((3, 4), (5,))
+    variables = [
+        keras.Variable(rng.standard_normal(shape).astype(np.float32))
+        for shape in shapes
+    ]
+    for _ in range(5):
+        gradients = [rng.standard_normal(shape) for shape in shapes]
+        optimizer.apply(
+            [keras.ops.convert_to_tensor(g, "float32") for g in gradients],
+            variables,
+        )
+    return [
+        keras.ops.convert_to_numpy(variable)
+        for variable in (*variables, *optimizer.variables)
+    ]
+
+
+@pytest.mark.parametrize("name", list(make_optimizers()))
+def test_fused_optimizer_does_what_keras_does(name):
+    expected = run_optimizer(make_optimizers()[name]())
+    optimizer = make_optimizers()[name]()
+    ops.fuse_optimizer(optimizer)
+    for got, truth in zip(run_optimizer(optimizer), expected, strict=True):
+        # The same formulas, summed in another order.
+        np.testing.assert_allclose(got, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fused"),
+    [
+        ("Adam clipped", True),
+        ("SGD", True),
+        ("AdamW", False),
+        ("SGD with momentum", False),
+        ("Adam with an average", False),
+    ],
+)
+@pytest.mark.skipif(BACKEND == "jax", reason="XLA fuses it by itself")
+def test_optimizers_with_extras_are_left_to_keras(name, is_fused):
+    optimizer = make_optimizers()[name]()
+    ops.fuse_optimizer(optimizer)
+    assert ("_backend_apply_gradients" in vars(optimizer)) == is_fused
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a fault of Keras on PyTorch")
+def test_fused_optimizers_read_no_number_from_the_device():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    for name, is_fused in (("SGD", False), ("SGD", True), ("Adam", True)):
+        optimizer = make_optimizers()[name]()
+        if is_fused:
+            ops.fuse_optimizer(optimizer)
+        names = []
+        variable = keras.Variable(np.ones(3, np.float32))
+        optimizer.build([variable])
+        gradient = keras.ops.ones(3)
+        with Watch():
+            optimizer.apply([gradient], [variable])
+        assert ("_local_scalar_dense" in names) != is_fused
+
+
+# Cross-entropy ---------------------------------------------------------------
+
+
+def draw_projection(rng, num_tokens, features, vocabulary_size, scale=1.0):
+    shapes = ((num_tokens, features), (features, vocabulary_size))
+    arrays = [rng.normal(0, scale, shape) for shape in shapes]
+    arrays.append(rng.normal(0, scale, vocabulary_size))
+    targets = rng.integers(vocabulary_size, size=num_tokens)
+    return [a.astype(np.float32) for a in arrays], targets.astype(np.int32)
+
+
+CROSS_ENTROPIES = [ops.linear_cross_entropy, reference.linear_cross_entropy]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("function", CROSS_ENTROPIES, ids=["ops", "reference"])
+@pytest.mark.parametrize("words_a_chunk", [11, 4, 5, 1])
+def test_cross_entropy_and_gradients_are_the_same_in_any_chunks(
+    rng, words_a_chunk, function, traced
+):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+    upstream = rng.standard_normal(6).astype(np.float32)
+    arguments = [features, kernel, bias, targets]
+
+    def nll(*arguments):
+        return function(*arguments, max_logits_bytes=4 * 6 * words_a_chunk)
+
+    [got], gradients = run(nll, arguments, [upstream], traced=traced)
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    np.testing.assert_allclose(
+        got, oracles.linear_cross_entropy(*exact, targets), **FLOAT32
+    )
+    expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, truth, **FLOAT32)
+
+
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_large_logits_neither_overflow_nor_vanish(rng, words_a_chunk):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11, 30.0)
+
+    def nll(*arguments):
+        return ops.linear_cross_entropy(
+            *arguments, max_logits_bytes=4 * 6 * words_a_chunk
+        )
+
+    upstream = np.ones(6, np.float32)
+    [got], gradients = run(nll, [features, kernel, bias, targets], [upstream])
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    # Logits of 2000 in float32 are exact to 1e-4.
+    np.testing.assert_allclose(
+        got, oracles.linear_cross_entropy(*exact, targets), 1e-5, 1e-3
+    )
+    expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, truth, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_padding_counts_nothing_whatever_its_target(rng, words_a_chunk):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+    weights = np.array([1, 0, 1, 0.5, 0, 1], np.float32)
+    padded = np.where(weights == 0, -100, targets).astype(np.int32)
+
+    def nll(features, kernel, bias, targets):
+        return ops.linear_cross_entropy(
+            features,
+            kernel,
+            bias,
+            targets,
+            keras.ops.convert_to_tensor(weights),
+            max_logits_bytes=4 * 6 * words_a_chunk,
+        )
+
+    upstream = rng.standard_normal(6).astype(np.float32)
+    [got], gradients = run(nll, [features, kernel, bias, padded], [upstream])
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    truth = oracles.linear_cross_entropy(*exact, targets) * weights
+    np.testing.assert_allclose(got, truth, **FLOAT32)
+    expected = oracles.linear_cross_entropy_gradients(
+        *exact, targets, upstream * weights
+    )
+    for gradient, truth in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, truth, **FLOAT32)
+
+
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_cross_entropy_keeps_the_shape_of_its_targets(rng, words_a_chunk):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+
+    def nll(*arguments):
+        return ops.linear_cross_entropy(
+            *arguments, max_logits_bytes=4 * 6 * words_a_chunk
+        )
+
+    [flat], _ = run(nll, [features, kernel, bias, targets])
+    [got], _ = run(
+        nll,
+        [features.reshape(2, 3, 3), kernel, bias, targets.reshape(2, 3)],
+        traced=True,
+    )
+    # The same sums, compiled and not.
+    np.testing.assert_allclose(got, flat.reshape(2, 3), **FLOAT32)
+
+
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_cross_entropy_in_bfloat16_is_near(rng, words_a_chunk):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+
+    def nll(*arguments):
+        return ops.linear_cross_entropy(
+            *arguments, max_logits_bytes=4 * 6 * words_a_chunk
+        )
+
+    upstream = np.ones(6, np.float32)
+    [got], gradients = run(
+        nll, [features, kernel, bias, targets], [upstream], dtype="bfloat16"
+    )
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    np.testing.assert_allclose(
+        got, oracles.linear_cross_entropy(*exact, targets), **BFLOAT16
+    )
+    expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, truth, **BFLOAT16)
+
+
+def test_gradient_of_a_tied_kernel_is_that_of_its_table(rng):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+
+    def nll(table):
+        tensors = [
+            keras.ops.convert_to_tensor(a) for a in (features, bias, targets)
+        ]
+        return ops.linear_cross_entropy(
+            tensors[0], keras.ops.transpose(table), *tensors[1:]
+        )
+
+    upstream = np.ones(6, np.float32)
+    _, [gradient] = run(nll, [kernel.T.copy()], [upstream])
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
+    np.testing.assert_allclose(gradient, expected[1].T, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocabulary_size", "max_bytes", "size"),
+    [
+        (6, 11, 10**6, 11),
+        (6, 11, 4 * 6 * 11, 11),
+        (6, 11, 4 * 6 * 11 - 1, 6),
+        (6, 11, 1, 1),
+        (600, 250_000, 200 * 10**6, 83_334),
+    ],
+)
+def test_chunks_are_the_fewest_that_fit(
+    num_tokens, vocabulary_size, max_bytes, size
+):
+    assert reference.chunk_size(num_tokens, vocabulary_size, max_bytes) == size
+
+
+# The rest --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,65 +784,8 @@ def test_embedding_lookup_takes_rows_for_ids_of_any_shape(rng, shape):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(rows), table[ids])
 
 
-def test_device_and_kernel_in_use_have_names():
+def test_device_in_use_has_a_name():
     assert ops.device_name().strip()
-    module, _, function = ops.LSTM_KERNEL.rpartition(".")
-    assert getattr(importlib.import_module(module), function) is ops.lstm
-
-
-def test_lstm_and_its_gradients_are_those_of_the_reference(rng):
-    """Each gradient of a weighted sum of all outputs, by finite steps."""
-    arguments = draw_arguments(rng, 2, 4, 3, 5)
-    weights = [
-        rng.standard_normal(shape) for shape in ((2, 4, 5), (2, 5), (2, 5))
-    ]
-    for number, argument in enumerate(arguments):
-        direction = rng.standard_normal(argument.shape)
-        values = []
-        for sign in (-1, 1):
-            moved = [array.astype(float) for array in arguments]
-            moved[number] = moved[number] + sign * 1e-4 * direction
-            outputs = oracles.lstm(*moved)
-            values.append(
-                sum(
-                    np.sum(w * out)
-                    for w, out in zip(weights, outputs, strict=True)
-                )
-            )
-        slope = (values[1] - values[0]) / 2e-4
-        gradient = gradient_of_sum(arguments, number, weights)
-        # float32 gradients; the finite step is exact to 1e-8.
-        np.testing.assert_allclose(
-            np.sum(gradient * direction), slope, rtol=1e-4, atol=1e-4
-        )
-
-
-def gradient_of_sum(arguments, number, weights):
-    """d(sum of weighted outputs)/d(an argument), through a Keras step of 1."""
-
-    class Sum(keras.layers.Layer):
-        def build(self, _):
-            self.argument = self.add_weight(
-                shape=arguments[number].shape, initializer="zeros"
-            )
-
-        def call(self, x):
-            tensors = [keras.ops.convert_to_tensor(a) for a in arguments]
-            tensors[number] = keras.ops.convert_to_tensor(self.argument)
-            total = sum(
-                keras.ops.sum(keras.ops.cast(w, "float32") * out)
-                for w, out in zip(weights, ops.lstm(*tensors), strict=True)
-            )
-            return keras.ops.reshape(total, (1, 1)) + 0 * x
-
-    model = keras.Sequential([keras.Input((1,), batch_size=1), Sum()])
-    model.compile(
-        keras.optimizers.SGD(1.0), loss=lambda _, total: keras.ops.sum(total)
-    )
-    model.set_weights([arguments[number]])
-    one = np.ones((1, 1), np.float32)
-    model.train_on_batch(one, one)
-    return arguments[number] - model.get_weights()[0]
 
 
 @pytest.mark.skipif(
@@ -159,7 +798,7 @@ def test_backend_without_an_implementation_is_told_once():
         "import numpy as np; from multilstm import ops;"
         "y, h, c = ops.lstm(*(np.zeros(s, 'float32') for s in "
         "((1, 2, 3), (1, 4), (1, 4), (3, 16), (4, 16), (16,))));"
-        "print(ops.LSTM_KERNEL, np.asarray(y).shape)"
+        "print(ops.last_kernel(), np.asarray(y).shape)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -168,5 +807,5 @@ def test_backend_without_an_implementation_is_told_once():
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "multilstm.ops.reference.lstm (1, 2, 4)"
+    assert done.stdout.strip() == "reference: scan (1, 2, 4)"
     assert done.stderr.count("nothing made for the backend numpy") == 1

@@ -111,6 +111,22 @@ class NextWordWindows(keras.utils.PyDataset):
         rows = len(self.token_ids) // self.skip_step
         return max(1, rows // self.batch_size)
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether `row_starts` says all: inputs and targets are slices."""
+        return self.one_hot is None
+
+    def row_starts(self, index: int) -> TokenIds:
+        """Where in the text the rows of a batch begin, shape `(batch_size,)`.
+
+        Of a row from `start` on, the inputs are `sequence_length` ids and the
+        targets those one further.
+        """
+        last_start = len(self.token_ids) - self.sequence_length - 1
+        num_starts = last_start // self.skip_step + 1
+        rows = _index(index) * self.batch_size + np.arange(self.batch_size)
+        return (rows % num_starts * self.skip_step).astype(np.int32)
+
     def __getitem__(self, index: int) -> tuple[TokenIds, NDArray[Any]]:
         windows = sliding_window_view(self.token_ids, self.sequence_length + 1)[
             :: self.skip_step
@@ -198,6 +214,21 @@ class ContinuousStreams(keras.utils.PyDataset):
             return self.row_length // self.sequence_length
         return -(-self.row_length // self.sequence_length)
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether `row_starts` says all: inputs and targets are slices."""
+        return self.drop_remainder
+
+    def row_starts(self, index: int) -> TokenIds:
+        """Where in the text the rows of a batch begin, shape `(batch_size,)`.
+
+        Of a row from `start` on, the inputs are `sequence_length` ids and the
+        targets those one further.
+        """
+        first = _index(index) * self.sequence_length
+        rows = np.arange(self.batch_size) * self.row_length
+        return (rows + first).astype(np.int32)
+
     def __getitem__(self, index: int) -> tuple[NDArray[Any], ...]:
         if _index(index) >= len(self):
             raise IndexError(
@@ -223,6 +254,27 @@ class ContinuousStreams(keras.utils.PyDataset):
             self.token_ids[position + 1],
             exists.astype(np.float32),
         )
+
+
+class RowStarts(keras.utils.PyDataset):
+    """Only where rows begin, for a model that has the text on its device.
+
+    Args:
+        batches: A dataset that `is_sliced`.
+
+    Returns (an item):
+        `(row_starts,)`: int32 array of shape `(batch_size,)`.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[TokenIds]:
+        return (self.batches.row_starts(index),)
 
 
 def _read_only(token_ids: TokenIds) -> TokenIds:

@@ -196,12 +196,20 @@ class _Chunk(keras.Model):
 
     def call(self, chunk: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         token_ids, targets, states = chunk
-        logits, states = self.language_model(
-            token_ids, initial_state=states, return_state=True, training=False
-        )
-        nll = ops.sparse_categorical_crossentropy(
-            targets, ops.cast(logits, "float32"), from_logits=True
-        )
+        if hasattr(self.language_model, "negative_log_likelihood"):
+            nll, states = self.language_model.negative_log_likelihood(
+                token_ids, targets, states
+            )
+        else:
+            logits, states = self.language_model(
+                token_ids,
+                initial_state=states,
+                return_state=True,
+                training=False,
+            )
+            nll = ops.sparse_categorical_crossentropy(
+                targets, ops.cast(logits, "float32"), from_logits=True
+            )
         return nll, [
             tuple(ops.cast(state, "float32") for state in layer)
             for layer in states

@@ -12,7 +12,13 @@ import numpy as np
 from keras import ops
 
 from multilstm.errors import UserError
-from multilstm.ops import check_rows, embedding_lookup, lstm, masked_lstm
+from multilstm.ops import (
+    check_rows,
+    embedding_lookup,
+    has_xla,
+    lstm,
+    lstm_stack,
+)
 
 State = tuple[Any, Any]
 
@@ -135,6 +141,8 @@ class LSTM(keras.layers.Layer):
         _check_activation(
             "recurrent_activation", recurrent_activation, "sigmoid"
         )
+        # Read by Keras where it is to decide itself whether to use XLA.
+        self.supports_jit = has_xla()
         self.units = int(units)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -206,31 +214,35 @@ class LSTM(keras.layers.Layer):
         if self.go_backwards:
             sequence = ops.flip(sequence, axis=1)
             mask = None if mask is None else ops.flip(mask, axis=1)
-        carried = self.carried if initial_state is None else None
-        if carried is not None:
-            initial_state = carried.read(sequence)
-        elif initial_state is None:
-            initial_state = self.get_initial_state(ops.shape(sequence)[0])
-        h0, c0 = (
-            ops.cast(state, self.compute_dtype) for state in initial_state
-        )
-        bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
-        arguments = (
-            sequence,
-            h0,
-            c0,
-            ops.convert_to_tensor(self.kernel),
-            ops.convert_to_tensor(self.recurrent_kernel),
-            ops.cast(ops.convert_to_tensor(bias), self.compute_dtype),
-        )
-        if mask is None:
-            y, h, c = lstm(*arguments)
-        else:
-            y, h, c = masked_lstm(*arguments, mask)
-        if carried is not None:
-            carried.write(h, c)
+        h0, c0 = self.read_state(sequence, initial_state)
+        y, h, c = lstm(sequence, h0, c0, *self.read_weights(), mask)
+        if initial_state is None:
+            self.write_state(h, c)
         output = y if self.return_sequences else h
         return (output, h, c) if self.return_state else output
+
+    def read_state(self, sequence: Any, initial_state: State | None) -> State:
+        """The state to start from: the given one, the carried one, or zeros."""
+        if initial_state is None and self.carried is not None:
+            initial_state = self.carried.read(sequence)
+        elif initial_state is None:
+            initial_state = self.get_initial_state(ops.shape(sequence)[0])
+        h, c = (ops.cast(state, self.compute_dtype) for state in initial_state)
+        return h, c
+
+    def read_weights(self) -> tuple[Any, Any, Any]:
+        """Kernel, recurrent kernel and bias, as `ops.lstm` takes them."""
+        bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
+        kernel, recurrent_kernel, bias = (
+            ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
+            for weight in (self.kernel, self.recurrent_kernel, bias)
+        )
+        return kernel, recurrent_kernel, bias
+
+    def write_state(self, h: Any, c: Any) -> None:
+        """Keeps the state for the next batch, where it is carried."""
+        if self.carried is not None:
+            self.carried.write(h, c)
 
     def compute_mask(self, sequence: Any, mask: Any = None) -> Any:
         """The mask goes on with a sequence, with nothing else."""
@@ -285,6 +297,32 @@ class LSTM(keras.layers.Layer):
         ones = ops.ones((self.units,), dtype=dtype)
         parts = (bias[: self.units], ones, bias[2 * self.units :])
         return ops.concatenate(parts)
+
+
+def run_stack(
+    layers: list[LSTM], sequence: Any, initial_states: list[State | None]
+) -> tuple[Any, list[State]]:
+    """Runs LSTM layers on top of each other, in one call where a kernel can.
+
+    Args:
+        layers: Layers that have neither dropout nor masks, built.
+        sequence: Tensor of shape `(batch, time, features)`.
+        initial_states: For each layer as its call argument.
+
+    Returns:
+        The last layer's outputs, `(batch, time, units)`, and for each layer
+        `(h, c)` after the last step.
+    """
+    starts = [
+        layer.read_state(sequence, state)
+        for layer, state in zip(layers, initial_states, strict=True)
+    ]
+    weights = [layer.read_weights() for layer in layers]
+    outputs, ends = lstm_stack(sequence, starts, weights)
+    for layer, state, end in zip(layers, initial_states, ends, strict=True):
+        if state is None:
+            layer.write_state(*end)
+    return outputs, ends
 
 
 class _CarriedState(keras.layers.Layer):

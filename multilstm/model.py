@@ -7,14 +7,29 @@ The dropouts are those of Zaremba et al.: between layers, never inside the
 recurrence.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from multilstm.dataset import RowStarts
 from multilstm.initializers import NumPyInitializer
-from multilstm.layers import LSTM, Embedding, ResetCarriedState, State
+from multilstm.layers import (
+    LSTM,
+    Embedding,
+    ResetCarriedState,
+    State,
+    run_stack,
+)
+from multilstm.ops import (
+    fuse_optimizer,
+    linear_cross_entropy,
+    make_train_function,
+    steps_per_dispatch,
+)
 from multilstm.presets import Preset, find_preset
 
 
@@ -61,14 +76,17 @@ class LanguageModel(keras.Model):
 
     Args:
         vocabulary_size: Number of words.
-        units: Of each LSTM layer.
-        num_layers: Number of LSTM layers.
-        embedding_dim: Size of a word's vector. Default: `units`.
+        units: Of each LSTM layer: one number for `num_layers` layers, or a
+            list with a number for each.
+        num_layers: Number of LSTM layers, where `units` is one number.
+        embedding_dim: Size of a word's vector. Default: the last layer's
+            units.
         input_dropout: Share dropped between embedding and first layer.
         hidden_dropout: Share dropped between layers.
         output_dropout: Share dropped between last layer and logits.
         tied_embeddings: Whether the logits use the embeddings
-            (Press and Wolf, 2017); needs `embedding_dim == units`.
+            (Press and Wolf, 2017); needs `embedding_dim` to be the last
+            layer's units.
         initializer_scale: Half the width of the uniform draw of all weights
             and biases. None: as Keras's layers do.
         unit_forget_bias: Whether forget biases start at 1, where
@@ -99,7 +117,7 @@ class LanguageModel(keras.Model):
         self,
         vocabulary_size: int,
         *,
-        units: int = 500,
+        units: int | Sequence[int] = 500,
         num_layers: int = 2,
         embedding_dim: int | None = None,
         input_dropout: float = 0.0,
@@ -114,16 +132,20 @@ class LanguageModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        embedding_dim = embedding_dim or units
-        if tied_embeddings and embedding_dim != units:
+        if isinstance(units, int):
+            units = [units] * num_layers
+        units_of = list(units)
+        embedding_dim = embedding_dim or units_of[-1]
+        if tied_embeddings and embedding_dim != units_of[-1]:
             raise ValueError(
                 "`tied_embeddings` needs embedding_dim == units; received "
-                f"{embedding_dim} and {units}. Make them equal."
+                f"{embedding_dim} and {units_of[-1]} (of the last layer). "
+                "Make them equal."
             )
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
-            "units": units,
-            "num_layers": num_layers,
+            "units": units_of,
+            "num_layers": len(units_of),
             "embedding_dim": embedding_dim,
             "input_dropout": input_dropout,
             "hidden_dropout": hidden_dropout,
@@ -165,13 +187,13 @@ class LanguageModel(keras.Model):
             )
             for place, rate in enumerate(
                 [input_dropout]
-                + [hidden_dropout] * (num_layers - 1)
+                + [hidden_dropout] * (len(units_of) - 1)
                 + [output_dropout]
             )
         ]
         self.lstms = [
             LSTM(
-                units,
+                units_of[i],
                 kernel_initializer=initializer("glorot_uniform", 1, i, 0),
                 recurrent_initializer=initializer("orthogonal", 1, i, 1),
                 bias_initializer=bias_initializer(1, i, 2),
@@ -182,7 +204,7 @@ class LanguageModel(keras.Model):
                 dtype=self.dtype_policy,
                 name=f"lstm_{i + 1}",
             )
-            for i in range(num_layers)
+            for i in range(len(units_of))
         ]
         self.projection = _Projection(
             vocabulary_size,
@@ -194,6 +216,15 @@ class LanguageModel(keras.Model):
         )
         self.perplexity = Perplexity()
         self.uses_own_loss = True
+        self.needs_logits = False  # for metrics that a user compiled
+        self._gives_features = False
+        self.text: Any = None  # token ids on the device, within `fit`
+        self._rows: tuple[int, int] | None = None  # of the text's batches
+        self._functions: dict[Any, Any] = {}
+        self._asked_steps: int | None = None
+        self.steps_per_execution: int = 1
+        self._text_of: Any = None
+        self._text_kept: Any = None
 
     @classmethod
     def from_preset(
@@ -224,18 +255,53 @@ class LanguageModel(keras.Model):
         return_state: bool = False,
         training: bool | None = None,
     ) -> Any:
-        x = self.embedding(token_ids)  # (batch, time, embedding_dim)
-        states: Any = initial_state or [None] * len(self.lstms)
-        final_state = []
-        for dropout, layer, state in zip(
-            self.dropouts[:-1], self.lstms, states, strict=True
-        ):
-            x = dropout(x, training=training)
-            x, h, c = layer(x, initial_state=state)  # (batch, time, units)
-            final_state.append((h, c))
-        x = self.dropouts[-1](x, training=training)
-        logits = self.projection(x)  # (batch, time, vocabulary_size)
+        features, final_state = self._read(token_ids, initial_state, training)
+        if self._gives_features:
+            return features
+        logits = self.projection(features)  # (batch, time, vocabulary_size)
         return (logits, final_state) if return_state else logits
+
+    def negative_log_likelihood(
+        self,
+        token_ids: Any,
+        targets: Any,
+        initial_state: list[State] | None = None,
+    ) -> tuple[Any, list[State]]:
+        """How unlikely the targets are, without dropout.
+
+        Args:
+            token_ids: int tensor of shape `(batch, time)`.
+            targets: int32 tensor of that shape.
+            initial_state: As the call argument.
+
+        Returns:
+            Nats of each target, float32 of shape `(batch, time)`, and for
+            each layer its final `(h, c)`.
+        """
+        features, state = self._read(token_ids, initial_state, training=False)
+        return self.projection.negative_log_likelihood(features, targets), state
+
+    def _read(
+        self,
+        token_ids: Any,
+        initial_state: list[State] | None,
+        training: bool | None,
+    ) -> tuple[Any, list[State]]:
+        """The features to predict from, `(batch, time, units)`, and states."""
+        x = self.embedding(token_ids)  # (batch, time, embedding_dim)
+        x = self.dropouts[0](x, training=training)
+        states: list[Any] = initial_state or [None] * len(self.lstms)
+        between = self.dropouts[1:-1]
+        drops = bool(training) and any(dropout.rate for dropout in between)
+        size = 1 if drops else len(self.lstms)  # layers run together
+        final_state: list[State] = []
+        for first in range(0, len(self.lstms), size):
+            if first:
+                x = between[first - 1](x, training=training)
+            together = slice(first, first + size)
+            x, ends = run_stack(self.lstms[together], x, states[together])
+            final_state += ends
+        return self.dropouts[-1](x, training=training), final_state
 
     def get_initial_state(self, batch_size: int) -> list[State]:
         """NumPy zeros, the `initial_state` of texts that begin.
@@ -243,8 +309,11 @@ class LanguageModel(keras.Model):
         Returns:
             For each layer `(h, c)`, float32 of shape `(batch_size, units)`.
         """
-        zeros = np.zeros((batch_size, self.settings["units"]), np.float32)
-        return [(zeros, zeros) for _ in self.lstms]
+        zeros = (
+            np.zeros((batch_size, layer.units), np.float32)
+            for layer in self.lstms
+        )
+        return [(state, state) for state in zeros]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.settings}
@@ -254,10 +323,16 @@ class LanguageModel(keras.Model):
     ) -> None:
         """As `keras.Model.compile`; the preset's optimizer by default."""
         self.uses_own_loss = loss is None
+        self.needs_logits = bool(
+            kwargs.get("metrics") or kwargs.get("weighted_metrics")
+        )
         if optimizer is None and self.preset is not None:
             optimizer = make_optimizer(find_preset(self.preset))
         optimizer = optimizer or keras.optimizers.Adam()
         super().compile(optimizer, loss, **kwargs)
+        self._asked_steps = kwargs.get("steps_per_execution")
+        self._functions = {}
+        fuse_optimizer(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """As `keras.Model.compile_from_config`, for a `compile` of our own."""
@@ -283,17 +358,104 @@ class LanguageModel(keras.Model):
     ) -> Any:
         if not self.uses_own_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        nats, tokens = _nats_and_tokens(y, y_pred, sample_weight)
+        if self._gives_features:
+            y = ops.convert_to_tensor(y, "int32")
+            weights = _token_weights(y, sample_weight)
+            nats = ops.sum(
+                self.projection.negative_log_likelihood(y_pred, y, weights)
+            )
+            tokens = ops.sum(weights)
+        else:
+            nats, tokens = _nats_and_tokens(y, y_pred, sample_weight)
         self.perplexity.add(nats, tokens)
         loss = nats / ops.maximum(tokens, 1.0)
         return sum(self.losses, start=loss)
 
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.fit`; in order and reset where state is carried."""
+    def train_step(self, *args: Any) -> Any:
+        """As Keras's, its loss from features rather than logits."""
+        *state, batch = args
+        if self._rows is not None:
+            batch = self._slice(batch[0], *self._rows)
+        with self._give_features():
+            return super().train_step(*state, batch)
+
+    def test_step(self, *args: Any) -> Any:
+        """As Keras's, its loss from features rather than logits."""
+        with self._give_features():
+            return super().test_step(*args)
+
+    @contextmanager
+    def _give_features(self) -> Iterator[None]:
+        """Lets `call` leave the logits to a loss that needs only a part.
+
+        Keras hands to the loss what `call` returned.
+        """
+        self._gives_features = self.uses_own_loss and not self.needs_logits
+        try:
+            yield
+        finally:
+            self._gives_features = False
+
+    def _slice(
+        self, row_starts: Any, batch_size: int, length: int
+    ) -> tuple[Any, Any]:
+        """The batch whose rows begin there, from the text on the device."""
+        places = ops.reshape(row_starts, (batch_size, 1)) + ops.arange(
+            length + 1, dtype="int32"
+        )
+        windows = ops.take(self.text, places, axis=0)
+        return windows[:, :-1], windows[:, 1:]
+
+    @contextmanager
+    def text_on_device(self, text: Any) -> Iterator[None]:
+        """Lets steps that are traced within take the text as an argument."""
+        before, self.text = self.text, text
+        try:
+            yield
+        finally:
+            self.text = before
+
+    def make_train_function(self, force: bool = False) -> None:
+        """As `keras.Model.make_train_function`, for several steps at once."""
+        key = ("train", self.steps_per_execution, self._rows, id(self.text))
+        if force or key not in self._functions:
+            self.train_function = None
+            if key[1:3] != (1, None):
+                self.train_function = make_train_function(self)
+            super().make_train_function()
+            # One for `fit`, which may have been for another text before.
+            self._functions = {
+                old: function
+                for old, function in self._functions.items()
+                if old[0] != "train" or old[2] is None
+            }
+            self._functions[key] = self.train_function
+        self.train_function = self._functions[key]
+
+    def make_test_function(self, force: bool = False) -> None:
+        """As `keras.Model.make_test_function`; one for each number of steps."""
+        key = ("test", self.steps_per_execution)
+        if force or key not in self._functions:
+            self.test_function = None
+            super().make_test_function()
+            self._functions[key] = self.test_function
+        self.test_function = self._functions[key]
+
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `keras.Model.fit`; in order and reset where state is carried.
+
+        Of a dataset of this package the text is put on the device once, and
+        a batch is told by where its rows begin. Several steps are started at
+        once where the backend gains by it, as many as `compile` was told or
+        as take about a second; one by one where a callback asks for every
+        batch. Callbacks then hear of the last step of a group, as with
+        Keras's `steps_per_execution`.
+        """
         if self.carry_state:
             kwargs.setdefault("shuffle", False)
-            self._prepare_carry(args, kwargs)
-        return super().fit(*args, **kwargs)
+            self._prepare_carry((x, *args), kwargs)
+        with self._prepare_steps(x, kwargs.get("callbacks")) as data:
+            return super().fit(data, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`; starts from a state of zeros."""
@@ -306,6 +468,42 @@ class LanguageModel(keras.Model):
         if self.carry_state:
             self._prepare_carry(args, kwargs)
         return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _prepare_steps(self, data: Any, callbacks: Any) -> Iterator[Any]:
+        """Sets up what `fit` says of datasets and of several steps at once."""
+        steps = self._asked_steps or 1
+        is_sliced = getattr(data, "is_sliced", False)
+        chooses = is_sliced and self._asked_steps is None
+        if chooses and not _needs_every_batch(callbacks):
+            steps = steps_per_dispatch(self._flops(data))
+        if is_sliced and self.uses_own_loss and not self.needs_logits:
+            self._rows = (data.batch_size, data.sequence_length)
+            if not self.built:
+                self.build(self._rows)
+            if self._text_of is not data.token_ids:
+                self._text_of = data.token_ids
+                self._text_kept = ops.convert_to_tensor(data.token_ids)
+            self.text = self._text_kept
+            data = RowStarts(data)
+        before, self.steps_per_execution = self.steps_per_execution, steps
+        try:
+            yield data
+        finally:
+            self._rows = self.text = None
+            self.steps_per_execution = before
+
+    def _flops(self, data: Any) -> int:
+        """Floating-point operations of a training step, products alone."""
+        num_weights = 0
+        features: int = self.settings["embedding_dim"]
+        for layer in self.lstms:
+            num_weights += (features + layer.units) * 4 * layer.units
+            features = layer.units
+        num_weights += features * self.vocabulary_size
+        # Forward a product and a sum, back twice that.
+        num_tokens: int = data.batch_size * data.sequence_length
+        return 6 * num_weights * num_tokens
 
     def _prepare_carry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -362,13 +560,24 @@ class _Projection(keras.layers.Layer):
         )
 
     def call(self, features: Any) -> Any:
-        if self.tied_to is None:
-            kernel = ops.convert_to_tensor(self.kernel)
-        else:
-            kernel = ops.transpose(
-                ops.cast(self.tied_to.embeddings, self.compute_dtype)
-            )
-        return ops.matmul(features, kernel) + self.bias
+        kernel, bias = self._read_weights()
+        return ops.matmul(features, kernel) + bias
+
+    def negative_log_likelihood(
+        self, features: Any, targets: Any, weights: Any = None
+    ) -> Any:
+        """`ops.linear_cross_entropy` with the weights of this layer."""
+        return linear_cross_entropy(
+            features, *self._read_weights(), targets, weights
+        )
+
+    def _read_weights(self) -> tuple[Any, Any]:
+        table = self.tied_to and self.tied_to.embeddings
+        kernel, bias = (
+            ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
+            for weight in (self.kernel if table is None else table, self.bias)
+        )
+        return (kernel if table is None else ops.transpose(kernel)), bias
 
 
 def _nats_and_tokens(
@@ -378,13 +587,48 @@ def _nats_and_tokens(
     nll = ops.sparse_categorical_crossentropy(
         targets, ops.cast(logits, "float32"), from_logits=True
     )  # (batch, time)
+    weights = _token_weights(targets, sample_weight)
+    return ops.sum(nll * weights), ops.sum(weights)
+
+
+def _token_weights(targets: Any, sample_weight: Any) -> Any:
+    """What each target counts, float32 of shape `(batch, time)`."""
     if sample_weight is None:
-        sample_weight = ops.ones_like(nll)
-    sample_weight = ops.cast(sample_weight, nll.dtype)
-    if len(sample_weight.shape) < 2:  # a weight for each row
-        sample_weight = ops.expand_dims(sample_weight, -1)
-    sample_weight = ops.broadcast_to(sample_weight, ops.shape(nll))
-    return ops.sum(nll * sample_weight), ops.sum(sample_weight)
+        return ops.ones(ops.shape(targets), "float32")
+    weights = ops.cast(sample_weight, "float32")
+    if len(weights.shape) < 2:  # a weight for each row
+        weights = ops.expand_dims(weights, -1)
+    return ops.broadcast_to(weights, ops.shape(targets))
+
+
+def _needs_every_batch(callbacks: Any) -> bool:
+    """Whether a callback of a user's does something at each batch.
+
+    Keras's own know of several steps at once, all but the one that calls
+    functions of a user's.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    base = keras.callbacks.Callback
+    for callback in keras.tree.flatten(callbacks):
+        kind = type(callback)
+        is_lambda = isinstance(callback, keras.callbacks.LambdaCallback)
+        is_keras = kind.__module__.partition(".")[0] == "keras"
+        if not isinstance(callback, base) or (is_keras and not is_lambda):
+            continue
+        if getattr(callback, "takes_several_batches", False):
+            continue
+        for name in (
+            "on_batch_begin",
+            "on_batch_end",
+            "on_train_batch_begin",
+            "on_train_batch_end",
+        ):
+            if name in vars(callback) or (
+                getattr(kind, name) is not getattr(base, name)
+            ):
+                return True
+    return False
 
 
 def _with_reset(callbacks: Any) -> Any:

@@ -24,28 +24,35 @@ _EPOCH_SUMMARY = {
 
 
 class StepTimes(keras.callbacks.Callback):
-    """Times every training step.
+    """Times training steps, or groups of them that are started at once.
 
     Keras hands a callback like this one the loss as a number, for which it
-    waits: the time from one end of a batch to the next is a step's, all of
-    the device's work included.
+    waits: the time from one call to the next is that of the steps between
+    them, all of the device's work included.
     """
+
+    takes_several_batches = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: list[float] = []
-        self.first_seconds: float | None = None  # the step that compiles
+        self.seconds: list[float] = []  # of each step, a group's mean
+        self.first_seconds: float | None = None  # of those that compile
+        self.first_steps = 1
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._last = time.perf_counter()
+        self._done = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         now = time.perf_counter()
+        done = _batches_done(self, batch)
+        num_steps = done - self._done
         if self.first_seconds is None:
             self.first_seconds = now - self._last
+            self.first_steps = num_steps
         else:
-            self.seconds.append(now - self._last)
-        self._last = now
+            self.seconds += [(now - self._last) / num_steps] * num_steps
+        self._last, self._done = now, done
 
     def summary(self, tokens_per_step: int) -> dict[str, Any]:
         """`tokens_per_second`, `step_time_ms`, `compile_time_seconds`.
@@ -66,7 +73,7 @@ class StepTimes(keras.callbacks.Callback):
                 "min": _ms(seconds.min()),
             },
             "compile_time_seconds": round(
-                max(0.0, self.first_seconds - median), 3
+                max(0.0, self.first_seconds - self.first_steps * median), 3
             ),
         }
 
@@ -78,6 +85,8 @@ class ProgressBar(keras.callbacks.Callback):
         tokens_per_step: Tokens in a batch.
         epochs: Epochs of the whole run, of which one `fit` may do a part.
     """
+
+    takes_several_batches = True
 
     def __init__(self, tokens_per_step: int, epochs: int) -> None:
         super().__init__()
@@ -112,6 +121,7 @@ class ProgressBar(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._remove_task()
         self._epoch = epoch
+        self._done = 0
         self._task = self._progress.add_task(
             "",
             total=self.params["steps"],
@@ -122,18 +132,20 @@ class ProgressBar(keras.callbacks.Callback):
         )
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
+        done = _batches_done(self, batch)
+        self._steps += done - self._done
+        self._done = done
         now = time.perf_counter()
         if now - self._shown < _SECONDS_BETWEEN_UPDATES:
             return
         self._shown = now
         step_seconds = (now - self._began) / self._steps
         epochs_left = self.epochs - self._epoch
-        steps_left = epochs_left * self.params["steps"] - batch - 1
+        steps_left = epochs_left * self.params["steps"] - done
         assert self._task is not None
         self._progress.update(
             self._task,
-            completed=batch + 1,
+            completed=done,
             perplexity=f"{(logs or {}).get('perplexity', np.nan):.1f}",
             speed=f"{self.tokens_per_step / step_seconds:,.0f}",
             left=clock(steps_left * step_seconds),
@@ -155,6 +167,16 @@ class ProgressBar(keras.callbacks.Callback):
     def _remove_task(self) -> None:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
+
+
+def _batches_done(callback: keras.callbacks.Callback, batch: int) -> int:
+    """Batches of an epoch that are done when Keras tells of number `batch`.
+
+    Where several are run at once that is the last one's, which in the last
+    group of an epoch may be too high.
+    """
+    num_batches = (callback.params or {}).get("steps")
+    return min(batch + 1, num_batches or batch + 1)
 
 
 def clock(seconds: float) -> str:

@@ -31,7 +31,7 @@ from multilstm.errors import UserError
 from multilstm.evaluation import PROTOCOL, Evaluator
 from multilstm.files import finite_or_none, read_json, replacing, write_json
 from multilstm.model import LanguageModel, make_optimizer
-from multilstm.ops import LSTM_KERNEL, device_name, sync_variables
+from multilstm.ops import device_name, last_kernel, sync_variables
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.run_folder import RESULT_SCHEMA, History, Progress, RunFolder
@@ -252,7 +252,7 @@ def describe_environment() -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "precision": keras.config.dtype_policy().name,
-        "kernel": LSTM_KERNEL,
+        "kernel": last_kernel(),
     }
 
 
@@ -399,6 +399,8 @@ class _Keeper(keras.callbacks.Callback):
     within one a checkpoint from time to time.
     """
 
+    takes_several_batches = True
+
     def __init__(
         self,
         folder: RunFolder,
@@ -443,11 +445,15 @@ class _Keeper(keras.callbacks.Callback):
             # Keras and the reset of carried states began an epoch; this one
             # goes on in its middle.
             self.folder.load_checkpoint(self.model)
+        self._first_batch = self.num_batches
         self._saved = time.perf_counter()
         self._began = self._saved - self.seconds
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.num_batches += 1
+        # Where several batches are run at once, Keras tells the last one's
+        # number, which in an epoch's last group may be too high.
+        done = self._first_batch + batch + 1
+        self.num_batches = min(done, self.steps_per_epoch)
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             self._stop_diverged(f"batch {self.num_batches}", loss)
@@ -585,13 +591,22 @@ def _fit(
 class _Rest(keras.utils.PyDataset):
     """The batches of a dataset from a certain one on."""
 
-    def __init__(self, batches: keras.utils.PyDataset, first: int) -> None:
+    is_sliced = True
+
+    def __init__(self, batches: Any, first: int) -> None:
         super().__init__()
         self.batches = batches
         self.first = first
+        self.token_ids = batches.token_ids
+        self.batch_size = batches.batch_size
+        self.sequence_length = batches.sequence_length
 
     def __len__(self) -> int:
         return len(self.batches) - self.first
+
+    def row_starts(self, index: int) -> NDArray[np.int32]:
+        starts: NDArray[np.int32] = self.batches.row_starts(self.first + index)
+        return starts
 
     def __getitem__(self, index: int) -> Any:
         return self.batches[self.first + index]

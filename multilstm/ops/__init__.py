@@ -4,44 +4,72 @@
 is the oracle for whatever replaces it on one of them.
 """
 
-import logging
-
 import keras
 
+from multilstm.ops.evidence import explain_once, last_kernel
 from multilstm.ops.reference import (
     check_rows,
     device_name,
     embedding_lookup,
+    fuse_optimizer,
+    has_xla,
+    linear_cross_entropy,
     lstm,
-    masked_lstm,
+    lstm_stack,
+    make_train_function,
+    steps_per_dispatch,
     sync_variables,
 )
 
 if keras.config.backend() == "jax":
-    from multilstm.ops.jax import device_name, sync_variables
+    from multilstm.ops.jax import (
+        device_name,
+        linear_cross_entropy,
+        lstm,
+        lstm_stack,
+        make_train_function,
+        steps_per_dispatch,
+        sync_variables,
+    )
 elif keras.config.backend() == "torch":
-    from multilstm.ops.torch import device_name, lstm
+    from multilstm.ops.torch import (
+        device_name,
+        fuse_optimizer,
+        linear_cross_entropy,
+        lstm,
+        lstm_stack,
+    )
 elif keras.config.backend() == "tensorflow":
     from multilstm.ops.tensorflow import (
         check_rows,
         device_name,
         embedding_lookup,
+        fuse_optimizer,
+        has_xla,
+        linear_cross_entropy,
+        lstm,
+        lstm_stack,
+        steps_per_dispatch,
     )
 else:
-    logging.getLogger(__name__).warning(
-        "multilstm has nothing made for the backend %s: the reference in "
-        "keras.ops runs, which may be slow and cannot train everywhere.",
-        keras.config.backend(),
+    explain_once(
+        "multilstm has nothing made for the backend "
+        f"{keras.config.backend()}: the reference in keras.ops runs, which "
+        "may be slow and cannot train everywhere."
     )
 
-LSTM_KERNEL = f"{lstm.__module__}.{lstm.__name__}"
-
 __all__ = [
-    "LSTM_KERNEL",
     "check_rows",
     "device_name",
     "embedding_lookup",
+    "explain_once",
+    "fuse_optimizer",
+    "has_xla",
+    "last_kernel",
+    "linear_cross_entropy",
     "lstm",
-    "masked_lstm",
+    "lstm_stack",
+    "make_train_function",
+    "steps_per_dispatch",
     "sync_variables",
 ]

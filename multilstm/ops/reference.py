@@ -4,11 +4,27 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
 from keras import ops
+
+from multilstm.ops.evidence import note_kernel
+
+Weights = tuple[Any, Any, Any]
+State = tuple[Any, Any]
+
+# Of the device's memory, what the logits of one chunk may take: so much that
+# a usual vocabulary fits at once, so little that it is never what runs out.
+_LOGITS_SHARE = 128
 
 
 def lstm(
-    x: Any, h0: Any, c0: Any, kernel: Any, recurrent_kernel: Any, bias: Any
+    x: Any,
+    h0: Any,
+    c0: Any,
+    kernel: Any,
+    recurrent_kernel: Any,
+    bias: Any,
+    mask: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Runs one LSTM layer over a batch of sequences.
 
@@ -23,6 +39,8 @@ def lstm(
             forget, cell, output.
         recurrent_kernel: Shape `(units, 4 * units)`.
         bias: Shape `(4 * units,)`.
+        mask: Bool tensor of shape `(batch, time)`, or None. A step that is
+            False leaves the state, and h stands for its output.
 
     Returns:
         `(y, h, c)`: hidden states of all steps, shape `(batch, time, units)`,
@@ -32,19 +50,31 @@ def lstm(
         Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et
         al., 2000, equations 1 to 6.
     """
-    projected = _project(x, kernel, bias)
+    note_kernel("reference: scan")
+    projected = ops.matmul(x, kernel) + bias
+    steps = [ops.transpose(projected, (1, 0, 2))]  # (time, batch, 4 * units)
+    if mask is not None:
+        steps.append(ops.transpose(ops.cast(mask, "bool"))[..., None])
 
-    def step(carry: Any, projection: Any) -> tuple[Any, Any]:
+    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         h, c = carry
-        carry = _step(h, c, projection, recurrent_kernel)
+        projection, *is_read = inputs
+        gates = projection + ops.matmul(h, recurrent_kernel)
+        i, f, g, o = ops.split(gates, 4, axis=-1)
+        new_c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
+        new_h = ops.sigmoid(o) * ops.tanh(new_c)
+        if is_read:
+            new_h = ops.where(is_read[0], new_h, h)
+            new_c = ops.where(is_read[0], new_c, c)
         # TensorFlow's scan wants outputs of the same structure as the carry.
-        return carry, carry
+        return (new_h, new_c), (new_h, new_c)
 
-    (h, c), (y, _) = ops.scan(step, (h0, c0), projected)
+    (h, c), (y, _) = ops.scan(step, (h0, c0), steps)
     return ops.transpose(y, (1, 0, 2)), h, c
 
 
-def masked_lstm(
+def run_masked(
+    unmasked: Any,
     x: Any,
     h0: Any,
     c0: Any,
@@ -53,49 +83,147 @@ def masked_lstm(
     bias: Any,
     mask: Any,
 ) -> tuple[Any, Any, Any]:
-    """As `lstm`, where some steps leave the state as it is.
+    """Runs an LSTM that knows no mask so that any mask is kept.
+
+    Steps that are to be read move to the front of their row. Those left over
+    at its end get a feature of their own, by which the input gate is shut and
+    the forget gate open: the cell state stays what it was to the last bit.
+    Outputs are then taken from where each row had come.
 
     Args:
+        unmasked: `lstm` with all arguments but the mask.
         x: As for `lstm`, and so on.
         h0: Likewise.
         c0: Likewise.
         kernel: Likewise.
         recurrent_kernel: Likewise.
         bias: Likewise.
-        mask: Bool tensor of shape `(batch, time)`. A step that is False
-            leaves the state, and h stands for its output.
+        mask: Likewise, and not None.
 
     Returns:
-        `(y, h, c)` as `lstm` does.
+        As `lstm`.
     """
-    steps = (
-        _project(x, kernel, bias),
-        ops.transpose(ops.cast(mask, "bool"))[..., None],
+    is_read = ops.cast(mask, "int32")
+    num_steps = ops.shape(x)[1]
+    steps = ops.arange(num_steps, dtype="int32")
+    order = ops.argsort((1 - is_read) * num_steps + steps, axis=1)
+    num_read = ops.cumsum(is_read, axis=1)  # (batch, time)
+    is_left = (steps >= num_read[:, -1:])[..., None]
+    x = ops.take_along_axis(x, order[..., None], axis=1)
+    x = ops.concatenate(
+        [ops.where(is_left, ops.zeros_like(x), x), ops.cast(is_left, x.dtype)],
+        axis=-1,
     )
-
-    def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        h, c = carry
-        projection, is_read = inputs
-        new_h, new_c = _step(h, c, projection, recurrent_kernel)
-        carry = (ops.where(is_read, new_h, h), ops.where(is_read, new_c, c))
-        return carry, carry
-
-    (h, c), (y, _) = ops.scan(step, (h0, c0), steps)
-    return ops.transpose(y, (1, 0, 2)), h, c
-
-
-def _project(x: Any, kernel: Any, bias: Any) -> Any:
-    """The input projection, time first: `(time, batch, 4 * units)`."""
-    return ops.transpose(ops.matmul(x, kernel) + bias, (1, 0, 2))
+    zeros = ops.zeros_like(bias)[: recurrent_kernel.shape[0]]
+    # 80 saturates a sigmoid in float32, and exp(80) is still a number.
+    hold = ops.concatenate([zeros - 80, zeros + 80, zeros, zeros])
+    kernel = ops.concatenate([kernel, hold[None]])
+    y, _, c = unmasked(x, h0, c0, kernel, recurrent_kernel, bias)
+    place = ops.maximum(num_read - 1, 0)[..., None]
+    y = ops.where(
+        num_read[..., None] > 0, ops.take_along_axis(y, place, 1), h0[:, None]
+    )
+    return y, y[:, -1], c
 
 
-def _step(
-    h: Any, c: Any, projection: Any, recurrent_kernel: Any
-) -> tuple[Any, Any]:
-    gates = projection + ops.matmul(h, recurrent_kernel)
-    i, f, g, o = ops.split(gates, 4, axis=-1)
-    c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
-    return ops.sigmoid(o) * ops.tanh(c), c
+def has_xla() -> bool:
+    """Whether XLA can compile a step that has this backend's `lstm` in it."""
+    return True
+
+
+def lstm_stack(
+    x: Any, states: list[State], weights: list[Weights]
+) -> tuple[Any, list[State]]:
+    """Runs LSTM layers one on top of the other, without dropout between.
+
+    Args:
+        x: Tensor of shape `(batch, time, features)`.
+        states: For each layer `(h0, c0)`, of shape `(batch, units)`.
+        weights: For each layer `(kernel, recurrent_kernel, bias)`.
+
+    Returns:
+        The outputs of the last layer, `(batch, time, units)`, and for each
+        layer its state after the last step.
+    """
+    return stack(lstm, x, states, weights)
+
+
+def stack(
+    layer: Any, x: Any, states: list[State], weights: list[Weights]
+) -> tuple[Any, list[State]]:
+    """`lstm_stack` by an `lstm` for one layer at a time."""
+    final_states = []
+    for (h0, c0), layer_weights in zip(states, weights, strict=True):
+        x, h, c = layer(x, h0, c0, *layer_weights)
+        final_states.append((h, c))
+    return x, final_states
+
+
+def pack_for_cudnn(weights: list[Weights]) -> Any:
+    """All weights in the one array that cuDNN wants.
+
+    First the matrices of every layer, transposed, then for every layer its
+    bias and zeros for the second bias that cuDNN has.
+    """
+    matrices = [
+        ops.reshape(ops.transpose(matrix), (-1,))
+        for kernel, recurrent, _ in weights
+        for matrix in (kernel, recurrent)
+    ]
+    biases = [
+        part for _, _, bias in weights for part in (bias, ops.zeros_like(bias))
+    ]
+    return ops.concatenate(matrices + biases)
+
+
+def linear_cross_entropy(
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    max_logits_bytes: int | None = None,
+) -> Any:
+    """The cross-entropy of a softmax over `features @ kernel + bias`.
+
+    Neither logits nor probabilities are returned, so that no implementation
+    needs to hold more than a chunk of them: a part of the vocabulary at a
+    time, in one chunk where that fits.
+
+    Args:
+        features: Tensor of shape `(..., features)`.
+        kernel: Shape `(features, vocabulary)`.
+        bias: Shape `(vocabulary,)`.
+        targets: int32 tensor of shape `(...)`.
+        weights: Of each target, shape `(...)`, or None. A target with weight
+            0 counts nothing and may be any number.
+        max_logits_bytes: Size of a chunk of logits in float32. Default: a
+            128th of the device's memory. The reference does not chunk.
+
+    Returns:
+        Negative log-likelihoods in nats, float32 of shape `(...)`, times the
+        weights.
+    """
+    if weights is not None:
+        targets = ops.where(weights == 0, 0, targets)
+    logits = ops.cast(ops.matmul(features, kernel) + bias, "float32")
+    chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)
+    nll = ops.logsumexp(logits, axis=-1) - chosen[..., 0]
+    return nll if weights is None else nll * ops.cast(weights, "float32")
+
+
+def chunk_size(
+    num_tokens: int, vocabulary_size: int, max_logits_bytes: int
+) -> int:
+    """The largest equal parts of a vocabulary whose logits fit the bytes."""
+    num_chunks = -(-4 * num_tokens * vocabulary_size // max_logits_bytes)
+    return -(-vocabulary_size // min(max(num_chunks, 1), vocabulary_size))
+
+
+def default_logits_bytes(device_memory: int | None = None) -> int:
+    """What a chunk of logits may take on a device with so much memory."""
+    return (device_memory or psutil.virtual_memory().total) // _LOGITS_SHARE
 
 
 def embedding_lookup(table: Any, token_ids: Any) -> Any:
@@ -109,6 +237,67 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
         Tensor of shape `(*token_ids.shape, embedding_dim)`.
     """
     return ops.take(table, token_ids, axis=0)
+
+
+def fuse_optimizer(optimizer: Any) -> None:
+    """Makes an optimizer update the weights in one pass, where it can.
+
+    That is Adam and SGD without momentum, with or without `global_clipnorm`.
+    XLA does it for JAX by itself.
+
+    Args:
+        optimizer: A Keras optimizer. Its settings, its state and, to
+            rounding, its results stay what they were.
+    """
+
+
+def is_plain(optimizer: Any, kind: str) -> bool:
+    """Whether an optimizer is Keras's of that name, without extras."""
+    extras = (
+        "weight_decay",
+        "clipnorm",
+        "clipvalue",
+        "use_ema",
+        "gradient_accumulation_steps",
+        "loss_scale_factor",
+        "amsgrad",
+        "momentum",
+    )
+    return (
+        type(optimizer).__name__ == kind
+        and type(optimizer).__module__.partition(".")[0] == "keras"
+        and not any(getattr(optimizer, extra, None) for extra in extras)
+    )
+
+
+def steps_per_dispatch(flops: float) -> int:
+    """How many training steps to start at once; here there is nothing to win.
+
+    Args:
+        flops: Floating-point operations of a step.
+    """
+    return 1
+
+
+def steps_in_a_dispatch(flops: float, *, on_cpu: bool) -> int:
+    """As many steps as take about a second on a CPU, a tenth on a GPU.
+
+    More would only keep progress, and a person who stops it, waiting.
+    """
+    flops_of_all, most = (1.5e11, 16) if on_cpu else (1e13, 64)
+    return max(1, min(most, round(flops_of_all / flops)))
+
+
+def make_train_function(model: Any) -> Any:
+    """What `fit` calls for `model.steps_per_execution` batches at a time.
+
+    Args:
+        model: A compiled `LanguageModel`.
+
+    Returns:
+        Keras's `train_function` for this backend, or None where Keras's own
+        does as well.
+    """
 
 
 def check_rows(batch: Any, rows: int) -> None:

@@ -1,10 +1,374 @@
-"""What only TensorFlow can say, and what it needs done differently."""
+"""TensorFlow: cuDNN on a GPU; elsewhere the recurrence compiled by XLA.
 
+TensorFlow's own loop costs more for each step's small operations than for its
+product; XLA makes one function of a step. The large products are faster
+outside of it. The gradient is written by hand: the loop back leaves only the
+gates' gradients, and each weight's gradient is one product after it.
+"""
+
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
 
 from multilstm.ops import reference
+from multilstm.ops.evidence import explain_once, note_kernel
+
+# Where TensorFlow does not know the number of tokens when it traces a step,
+# chunks of logits are made for this many.
+_ASSUMED_TOKENS = 4096
+
+
+def lstm(
+    x: Any,
+    h0: Any,
+    c0: Any,
+    kernel: Any,
+    recurrent_kernel: Any,
+    bias: Any,
+    mask: Any = None,
+) -> tuple[Any, Any, Any]:
+    """As `reference.lstm`: cuDNN on a GPU, a loop of our own elsewhere."""
+    x, h0, c0, kernel, recurrent_kernel, bias = (
+        tf.convert_to_tensor(argument)
+        for argument in (x, h0, c0, kernel, recurrent_kernel, bias)
+    )
+    arguments = (x, h0, c0, kernel, recurrent_kernel, bias)
+    if mask is not None:
+        return reference.run_masked(lstm, *arguments, mask)
+    if not _has_gpu():
+        return _loop(*arguments)
+    y, [(h, c)] = _cudnn(x, [(h0, c0)], [arguments[3:]])
+    return y, h, c
+
+
+def lstm_stack(
+    x: Any,
+    states: list[reference.State],
+    weights: list[reference.Weights],
+) -> tuple[Any, list[reference.State]]:
+    """As `reference.lstm_stack`: one call for layers of one size on a GPU."""
+    same_size = len({recurrent.shape[0] for _, recurrent, _ in weights}) == 1
+    if _has_gpu() and same_size:
+        return _cudnn(x, states, weights)
+    return reference.stack(lstm, x, states, weights)
+
+
+def has_xla() -> bool:
+    """As `reference.has_xla`: XLA cannot compile a step that calls cuDNN."""
+    return not _has_gpu()
+
+
+def _has_gpu() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _cudnn(
+    x: Any,
+    states: list[reference.State],
+    weights: list[reference.Weights],
+) -> tuple[Any, list[reference.State]]:
+    """Layers of one size, in one call of cuDNN."""
+    note_kernel("tensorflow: cudnn")
+    if x.dtype != tf.float32:
+        explain_once(
+            f"tensorflow: of this model in {x.dtype.name} the LSTMs run in "
+            "cuDNN's float32, with TF32 products where those are on."
+        )
+    h0, c0 = (
+        tf.cast(tf.stack(state), tf.float32)
+        for state in zip(*states, strict=True)
+    )
+    y, h, c, _, _ = tf.raw_ops.CudnnRNNV3(
+        input=tf.cast(_time_first(x), tf.float32),
+        input_h=h0,
+        input_c=c0,
+        params=tf.cast(reference.pack_for_cudnn(weights), tf.float32),
+        sequence_lengths=tf.fill(tf.shape(x)[:1], tf.shape(x)[1]),
+        rnn_mode="lstm",
+        time_major=True,
+        is_training=True,  # keeps what the gradient needs
+    )
+    y, h, c = (tf.cast(output, x.dtype) for output in (_time_first(y), h, c))
+    return y, [(h[layer], c[layer]) for layer in range(len(weights))]
+
+
+def _loop(
+    x: Any, h0: Any, c0: Any, kernel: Any, recurrent: Any, bias: Any
+) -> tuple[Any, Any, Any]:
+    eager = tf.executing_eagerly()
+    note_kernel("tensorflow: eager loop" if eager else "tensorflow: xla loop")
+    # One call does not pay for compiling; a step that is traced is run often.
+    forward, backward = (
+        (_forward, _backward) if eager else (_compiled_forward, _compiled_back)
+    )
+
+    @tf.custom_gradient
+    def run(
+        x: Any, h0: Any, c0: Any, kernel: Any, recurrent: Any, bias: Any
+    ) -> Any:
+        inputs = _time_first(x)
+        flat = tf.reshape(inputs, (-1, x.shape[-1]))  # (time * batch, features)
+        projected = tf.reshape(
+            tf.nn.bias_add(tf.matmul(flat, kernel), bias),
+            tf.concat([tf.shape(inputs)[:2], [kernel.shape[1]]], 0),
+        )
+        hs, cs, gates = forward(projected, h0, c0, recurrent)
+
+        def gradient(dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
+            h_before = tf.concat([h0[None], hs[:-1]], 0)
+            c_before = tf.concat([tf.cast(c0[None], cs.dtype), cs[:-1]], 0)
+            d_gates, dh0, dc0 = backward(
+                _time_first(dy),
+                dh,
+                dc,
+                gates,
+                cs,
+                c_before,
+                tf.transpose(recurrent),
+            )
+            d_flat = tf.reshape(d_gates, (-1, kernel.shape[1]))
+            h_flat = tf.reshape(h_before, (-1, recurrent.shape[0]))
+            dx = tf.matmul(d_flat, kernel, transpose_b=True)
+            return (
+                _time_first(tf.reshape(dx, tf.shape(inputs))),
+                dh0,
+                dc0,
+                tf.matmul(flat, d_flat, transpose_a=True),
+                tf.matmul(h_flat, d_flat, transpose_a=True),
+                tf.reduce_sum(d_flat, 0),
+            )
+
+        return (_time_first(hs), hs[-1], tf.cast(cs[-1], c0.dtype)), gradient
+
+    y, h, c = run(x, h0, c0, kernel, recurrent, bias)
+    y.set_shape((*x.shape[:2], recurrent.shape[0]))
+    return y, h, c
+
+
+def _forward(
+    projected: Any, h0: Any, c0: Any, recurrent: Any
+) -> tuple[Any, ...]:
+    """All hidden states, cell states and gates, `(time, batch, ...)`."""
+    num_steps = tf.shape(projected)[0]
+
+    def step(t: Any, h: Any, c: Any, *arrays: Any) -> tuple[Any, ...]:
+        gates = tf.cast(projected[t] + tf.matmul(h, recurrent), tf.float32)
+        i, f, g, o = tf.split(gates, 4, -1)
+        i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+        c = f * c + i * g
+        h = tf.cast(o * tf.tanh(c), h.dtype)
+        gates = tf.cast(tf.concat([i, f, g, o], -1), h.dtype)
+        written = (
+            array.write(t, value)
+            for array, value in zip(arrays, (h, c, gates), strict=True)
+        )
+        return t + 1, h, c, *written
+
+    c0 = tf.cast(c0, tf.float32)
+    arrays = (
+        tf.TensorArray(dtype, num_steps)
+        for dtype in (h0.dtype, tf.float32, h0.dtype)
+    )
+    _, _, _, *arrays = tf.while_loop(
+        lambda t, *_: t < num_steps, step, (0, h0, c0, *arrays)
+    )
+    return tuple(array.stack() for array in arrays)
+
+
+def _backward(
+    dy: Any,
+    dh: Any,
+    dc: Any,
+    gates: Any,
+    cs: Any,
+    c_before: Any,
+    recurrent_transposed: Any,
+) -> tuple[Any, Any, Any]:
+    """The gates' gradients before their activations, and the states'."""
+    num_steps = tf.shape(dy)[0]
+
+    def step(t: Any, dh: Any, dc: Any, array: Any) -> tuple[Any, ...]:
+        i, f, g, o = tf.split(tf.cast(gates[t], tf.float32), 4, -1)
+        dh = dh + tf.cast(dy[t], tf.float32)
+        tanh_c = tf.tanh(cs[t])
+        d_cell = dc + dh * o * (1 - tanh_c * tanh_c)
+        d_gates = tf.concat(
+            [
+                d_cell * g * i * (1 - i),
+                d_cell * c_before[t] * f * (1 - f),
+                d_cell * i * (1 - g * g),
+                dh * tanh_c * o * (1 - o),
+            ],
+            -1,
+        )
+        d_gates = tf.cast(d_gates, gates.dtype)
+        dh = tf.cast(tf.matmul(d_gates, recurrent_transposed), tf.float32)
+        return t - 1, dh, d_cell * f, array.write(t, d_gates)
+
+    _, dh0, dc0, array = tf.while_loop(
+        lambda t, *_: t >= 0,
+        step,
+        (
+            num_steps - 1,
+            tf.cast(dh, tf.float32),
+            tf.cast(dc, tf.float32),
+            tf.TensorArray(gates.dtype, num_steps),
+        ),
+    )
+    return array.stack(), tf.cast(dh0, dh.dtype), tf.cast(dc0, dc.dtype)
+
+
+_compiled_forward = tf.function(_forward, autograph=False, jit_compile=True)
+_compiled_back = tf.function(_backward, autograph=False, jit_compile=True)
+
+
+def linear_cross_entropy(
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    max_logits_bytes: int | None = None,
+) -> Any:
+    """As `reference.linear_cross_entropy`, in chunks of the vocabulary.
+
+    What is one chunk keeps, for the way back, its exponentials less their sum
+    at the targets: times `upstream / sum` they are the gradient of the logits,
+    so that no softmax is made again. More chunks are computed again.
+    """
+    kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
+    shape = tf.shape(targets)
+    num_tokens = targets.shape.num_elements() or _ASSUMED_TOKENS
+    targets = tf.reshape(targets, (-1,))
+    if weights is not None:
+        weights = tf.reshape(tf.cast(weights, tf.float32), (-1,))
+        targets = tf.where(weights == 0, 0, targets)
+    features = tf.reshape(features, (-1, kernel.shape[0]))
+    size = reference.chunk_size(
+        num_tokens,
+        kernel.shape[1],
+        max_logits_bytes or reference.default_logits_bytes(),
+    )
+    nll = _cross_entropy(features, kernel, bias, targets, size)
+    if weights is not None:
+        nll = nll * weights
+    return tf.reshape(nll, shape)
+
+
+def _cross_entropy(
+    features: Any, kernel: Any, bias: Any, targets: Any, size: int
+) -> Any:
+    vocabulary_size = kernel.shape[1]
+    starts = range(0, vocabulary_size, size)
+
+    @tf.custom_gradient
+    def run(features: Any, kernel: Any, bias: Any) -> Any:
+        total, log_total, chosen, exponentials = _read_chunks(
+            features, kernel, bias, targets, starts
+        )
+
+        def gradient(upstream: Any) -> tuple[Any, ...]:
+            if len(starts) > 1:
+                return _gradients_of_chunks(
+                    features, kernel, bias, targets, starts, log_total, upstream
+                )
+            scale = (upstream / total)[:, None]
+            return _gradients(features, kernel, bias, exponentials, scale)
+
+        return log_total - chosen, gradient
+
+    return run(features, kernel, bias)
+
+
+def _read_chunks(
+    features: Any, kernel: Any, bias: Any, targets: Any, starts: range
+) -> tuple[Any, ...]:
+    total = tf.zeros_like(targets, tf.float32)
+    largest, chosen = total - float("inf"), total
+    for first in starts:
+        # One after another, so that one chunk of logits is there at a time.
+        with tf.control_dependencies([total]):
+            logits = _logits(features, kernel, bias, first, starts.step)
+            places, is_here = _places(targets, first, logits.shape[1])
+            chosen += tf.gather_nd(logits, places) * is_here
+            new_largest = tf.maximum(largest, tf.reduce_max(logits, 1))
+            exponentials = tf.exp(logits - new_largest[:, None])
+            total = total * tf.exp(largest - new_largest)
+            total += tf.reduce_sum(exponentials, 1)
+            largest = new_largest
+    log_total = largest + tf.math.log(total)
+    if len(starts) == 1:
+        exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
+        exponentials = tf.cast(exponentials, features.dtype)
+    return total, log_total, chosen, exponentials
+
+
+def _gradients(
+    features: Any, kernel: Any, bias: Any, errors: Any, scale: Any
+) -> tuple[Any, ...]:
+    """Of features, kernel and bias from `errors * scale`, the logits'."""
+    scale = tf.cast(scale, errors.dtype)
+    return (
+        tf.matmul(errors, kernel, transpose_b=True) * scale,
+        tf.matmul(features * scale, errors, transpose_a=True),
+        tf.cast(tf.matmul(scale, errors, transpose_a=True)[0], bias.dtype),
+    )
+
+
+def _gradients_of_chunks(
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    targets: Any,
+    starts: range,
+    log_total: Any,
+    upstream: Any,
+) -> tuple[Any, ...]:
+    d_features = tf.zeros_like(features)
+    d_kernel: list[Any] = []
+    d_bias = []
+    for first in starts:
+        part = slice(first, first + starts.step)
+        with tf.control_dependencies([d_features, *d_kernel[-1:]]):
+            logits = _logits(features, kernel, bias, first, starts.step)
+            places, is_here = _places(targets, first, logits.shape[1])
+            errors = tf.exp(logits - log_total[:, None])
+            errors = tf.tensor_scatter_nd_sub(errors, places, is_here)
+            features_part, kernel_part, bias_part = _gradients(
+                features,
+                kernel[:, part],
+                bias,
+                tf.cast(errors, features.dtype),
+                upstream[:, None],
+            )
+            d_features += features_part
+            d_kernel.append(kernel_part)
+            d_bias.append(bias_part)
+    return d_features, tf.concat(d_kernel, 1), tf.concat(d_bias, 0)
+
+
+def _logits(
+    features: Any, kernel: Any, bias: Any, first: int, size: int
+) -> Any:
+    part = slice(first, first + size)
+    logits = tf.nn.bias_add(tf.matmul(features, kernel[:, part]), bias[part])
+    return tf.cast(logits, tf.float32)
+
+
+def _places(targets: Any, first: int, width: int) -> tuple[Any, Any]:
+    """`(row, place in the chunk)` of each target, and 1 where it is there."""
+    places = targets - first
+    is_here = tf.cast((places >= 0) & (places < width), tf.float32)
+    places = tf.clip_by_value(places, 0, width - 1)
+    rows = tf.range(tf.shape(targets)[0])
+    return tf.stack([rows, places], 1), is_here
+
+
+def _time_first(x: Any) -> Any:
+    """`(batch, time, ...)` <-> `(time, batch, ...)`."""
+    return tf.transpose(x, (1, 0, 2))
 
 
 def embedding_lookup(table: Any, token_ids: Any) -> Any:
@@ -29,6 +393,75 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
         return tf.gather(table, token_ids), gradient
 
     return lookup(table)
+
+
+def fuse_optimizer(optimizer: Any) -> None:
+    """As `reference.fuse_optimizer`, by TensorFlow's own training operations.
+
+    Keras writes the same formulas as a dozen passes over the weights.
+    """
+    if tf.distribute.has_strategy():
+        return
+    for kind, update in (("Adam", _update_adam), ("SGD", _update_sgd)):
+        if reference.is_plain(optimizer, kind):
+            # Keras's own place for what a backend does in another way.
+            optimizer._backend_apply_gradients = partial(update, optimizer)
+
+
+def _update_adam(
+    optimizer: Any, gradients: list[Any], variables: list[Any]
+) -> None:
+    step = tf.cast(optimizer.iterations.value, tf.float32) + 1
+    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    scale = _clipping(optimizer, gradients)
+    for gradient, variable in zip(gradients, variables, strict=True):
+        place = optimizer._get_variable_index(variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.value.handle,
+            m=optimizer._momentums[place].value.handle,
+            v=optimizer._velocities[place].value.handle,
+            beta1_power=tf.pow(optimizer.beta_1, step),
+            beta2_power=tf.pow(optimizer.beta_2, step),
+            lr=_learning_rate(optimizer),
+            beta1=optimizer.beta_1,
+            beta2=optimizer.beta_2,
+            epsilon=optimizer.epsilon,
+            grad=gradient if scale is None else gradient * scale,
+        )
+
+
+def _update_sgd(
+    optimizer: Any, gradients: list[Any], variables: list[Any]
+) -> None:
+    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    scale = _clipping(optimizer, gradients)
+    rate = _learning_rate(optimizer)
+    for gradient, variable in zip(gradients, variables, strict=True):
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=variable.value.handle,
+            alpha=rate if scale is None else rate * scale,
+            delta=gradient,
+        )
+
+
+def _learning_rate(optimizer: Any) -> Any:
+    rate = optimizer.learning_rate
+    return tf.cast(getattr(rate, "value", rate), tf.float32)
+
+
+def _clipping(optimizer: Any, gradients: list[Any]) -> Any:
+    """What gradients are multiplied by; None for nothing."""
+    if not optimizer.global_clipnorm:
+        return None
+    norm = tf.linalg.global_norm(gradients)
+    return optimizer.global_clipnorm / tf.maximum(
+        norm, optimizer.global_clipnorm
+    )
+
+
+def steps_per_dispatch(flops: float) -> int:
+    """As `reference.steps_per_dispatch`."""
+    return reference.steps_in_a_dispatch(flops, on_cpu=not _has_gpu())
 
 
 def check_rows(batch: Any, rows: int) -> None:

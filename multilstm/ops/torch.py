@@ -1,39 +1,317 @@
-"""What only PyTorch can say, and its own LSTM."""
+"""PyTorch: its own LSTM kernels, and products by oneDNN on the CPU."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilstm.ops import reference
+from multilstm.ops.evidence import note_kernel
+
+# What the dispatcher may call for `torch.lstm`; anything else is its loop.
+_FUSED = {
+    "mkldnn_rnn_layer": "torch: onednn",
+    "_cudnn_rnn": "torch: cudnn",
+    "miopen_rnn": "torch: miopen",
+}
+_observed: dict[tuple[Any, ...], str] = {}
 
 
 def lstm(
-    x: Any, h0: Any, c0: Any, kernel: Any, recurrent_kernel: Any, bias: Any
+    x: Any,
+    h0: Any,
+    c0: Any,
+    kernel: Any,
+    recurrent_kernel: Any,
+    bias: Any,
+    mask: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """As `reference.lstm`, by one call of PyTorch's own LSTM.
+    """As `reference.lstm`, by one call of PyTorch's own LSTM."""
+    arguments = (x, h0, c0, kernel, recurrent_kernel, bias)
+    if mask is not None:
+        return reference.run_masked(lstm, *arguments, mask)
+    y, [(h, c)] = lstm_stack(x, [(h0, c0)], [arguments[3:]])
+    return y, h, c
 
-    It has the same gates in the same order, two biases of which one is zero
-    here, and its matrices the other way round. The reference is a Python
-    loop on PyTorch, several times slower.
-    """
-    weights = [
-        kernel.T.contiguous(),
-        recurrent_kernel.T.contiguous(),
-        bias,
-        torch.zeros_like(bias),
-    ]
-    y, h, c = torch.lstm(
+
+def lstm_stack(
+    x: Any,
+    states: list[reference.State],
+    weights: list[reference.Weights],
+) -> tuple[Any, list[reference.State]]:
+    """As `reference.lstm_stack`: one call for layers of one size on a GPU."""
+    sizes = {recurrent.shape[0] for _, recurrent, _ in weights}
+    if len(weights) > 1 and (not x.is_cuda or len(sizes) > 1):
+        return reference.stack(lstm, x, states, weights)
+    y, h, c = _observe(
+        torch.lstm,
         x,
-        (h0.unsqueeze(0), c0.unsqueeze(0)),
-        weights,
+        tuple(torch.stack(state) for state in zip(*states, strict=True)),
+        [tensor for layer in weights for tensor in _in_torchs_order(*layer)],
         has_biases=True,
-        num_layers=1,
+        num_layers=len(weights),
         dropout=0.0,
         train=torch.is_grad_enabled(),
         bidirectional=False,
         batch_first=True,
     )
-    return y, h.squeeze(0), c.squeeze(0)
+    return y, list(zip(h, c, strict=True))
+
+
+def _in_torchs_order(
+    kernel: Any, recurrent_kernel: Any, bias: Any
+) -> list[Any]:
+    """The same gates in the same order, matrices transposed, two biases."""
+    return [
+        kernel.T.contiguous(),
+        recurrent_kernel.T.contiguous(),
+        bias,
+        torch.zeros_like(bias),
+    ]
+
+
+def _observe(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls an LSTM and notes which operation the dispatcher called for it.
+
+    It is watched the first time for a device, a dtype and a form of data.
+    """
+    x = arguments[0]
+    if torch.compiler.is_compiling():
+        return function(*arguments, **options)
+    key = (x.device.type, x.dtype, x.ndim, options["train"])
+    if key in _observed:
+        note_kernel(_observed[key])
+        return function(*arguments, **options)
+    with _Watch() as watch:
+        outputs = function(*arguments, **options)
+    fused = [_FUSED[name] for name in watch.names if name in _FUSED]
+    _observed[key] = fused[0] if fused else "torch: loop over ATen's cell"
+    note_kernel(_observed[key])
+    return outputs
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps the names of the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def linear_cross_entropy(
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    max_logits_bytes: int | None = None,
+) -> Any:
+    """As `reference.linear_cross_entropy`, in chunks of the vocabulary.
+
+    What is one chunk keeps, for the way back, its exponentials less their sum
+    at the targets: times `upstream / sum` they are the gradient of the logits,
+    so that no softmax is made again. More chunks are computed again.
+    """
+    shape = targets.shape
+    targets = targets.reshape(-1).long()
+    if weights is not None:
+        weights = weights.float().reshape(-1)
+        targets = targets.masked_fill(weights == 0, 0)
+    features = features.reshape(targets.numel(), -1)
+    if max_logits_bytes is None:
+        max_logits_bytes = reference.default_logits_bytes(
+            _device_memory(features.device)
+        )
+    size = reference.chunk_size(
+        targets.numel(), kernel.shape[1], max_logits_bytes
+    )
+    nll = _CrossEntropy.apply(features, kernel, bias, targets, size)
+    if weights is not None:
+        nll = nll * weights
+    return nll.reshape(shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Any, kernel: Any, bias: Any, targets: Any, size: int
+    ) -> Any:
+        ctx.size = size
+        largest = torch.full_like(targets, -torch.inf, dtype=torch.float32)
+        largest = largest[:, None]
+        total = torch.zeros_like(largest)
+        chosen = torch.zeros_like(largest)
+        for first in range(0, kernel.shape[1], size):
+            logits = _logits(features, kernel, bias, first, size)
+            places, is_here = _places(targets, first, logits.shape[1])
+            chosen += logits.gather(1, places) * is_here
+            new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+            exponentials = logits.sub_(new_largest).exp_()
+            total = total * (largest - new_largest).exp_()
+            total += exponentials.sum(1, keepdim=True)
+            largest = new_largest
+        log_total = total.log() + largest
+        if size >= kernel.shape[1]:
+            exponentials.scatter_add_(1, targets[:, None], -total)
+            kept = (exponentials.to(features.dtype), total)
+        else:
+            kept = (None, log_total)
+        ctx.save_for_backward(features, kernel, bias, targets, *kept)
+        return (log_total - chosen)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Any) -> tuple[Any, ...]:
+        features, kernel, bias, targets, exponentials, total = ctx.saved_tensors
+        upstream = upstream[:, None]
+        if exponentials is not None:
+            upstream = upstream / total
+            scaled = (features * upstream).to(features.dtype)
+            d_features = _product(exponentials, kernel.T)
+            d_kernel = _gradient(kernel, scaled, exponentials)
+            d_bias = _product(upstream.T.to(exponentials.dtype), exponentials)
+        else:
+            scaled = (features * upstream).to(features.dtype)
+            d_features = torch.zeros_like(features)
+            d_kernel = torch.empty_like(kernel)
+            d_bias = torch.empty_like(bias)[None]
+            for first in range(0, kernel.shape[1], ctx.size):
+                part = slice(first, first + ctx.size)
+                errors = _logits(features, kernel, bias, first, ctx.size)
+                errors.sub_(total).exp_()
+                places, is_here = _places(targets, first, errors.shape[1])
+                errors.scatter_add_(1, places, -is_here.float())
+                errors = errors.to(features.dtype)
+                d_features += _product(errors, kernel[:, part].T)
+                d_kernel[:, part] = _gradient(kernel, scaled, errors)
+                d_bias[:, part] = _product(upstream.T.to(errors.dtype), errors)
+        d_features = (d_features * upstream).to(features.dtype)
+        return d_features, d_kernel, d_bias[0].to(bias.dtype), None, None
+
+
+def _logits(
+    features: Any, kernel: Any, bias: Any, first: int, size: int
+) -> Any:
+    part = slice(first, first + size)
+    return _product(features, kernel[:, part]).float().add_(bias[part])
+
+
+def _places(targets: Any, first: int, width: int) -> tuple[Any, Any]:
+    """Where in a chunk the targets are, and whether they are there at all."""
+    places = (targets - first)[:, None]
+    is_here = (places >= 0) & (places < width)
+    return places.clamp(0, width - 1), is_here
+
+
+def _gradient(kernel: Any, features: Any, errors: Any) -> Any:
+    """`features.T @ errors`, laid out as the kernel, which may be tied."""
+    if kernel.T.is_contiguous():
+        return _product(errors.T, features).T
+    return _product(features.T, errors)
+
+
+def _product(left: Any, right: Any) -> Any:
+    """A matrix product.
+
+    On AMD's processors MKL, by which PyTorch multiplies, reaches half the
+    speed of oneDNN, which is in PyTorch too; on Intel's they are equal.
+    """
+    if left.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(
+            left, right.T, None, "none", [], ""
+        )
+    return left @ right
+
+
+def fuse_optimizer(optimizer: Any) -> None:
+    """As `reference.fuse_optimizer`, by PyTorch's fused kernels.
+
+    Keras's SGD waits for the device at each step to read the learning rate,
+    its Adam passes over the weights seven times. Here no number is read.
+    """
+    for kind, update in (("Adam", _update_adam), ("SGD", _update_sgd)):
+        if reference.is_plain(optimizer, kind):
+            # Keras's own place for what a backend does in another way.
+            optimizer._backend_apply_gradients = partial(update, optimizer)
+
+
+@torch.no_grad()
+def _update_adam(
+    optimizer: Any, gradients: list[Any], variables: list[Any]
+) -> None:
+    places = [optimizer._get_variable_index(v) for v in variables]
+    lists = [
+        [v.value for v in variables],
+        gradients,
+        [optimizer._momentums[place].value for place in places],
+        [optimizer._velocities[place].value for place in places],
+    ]
+    step = optimizer.iterations.value.to(torch.float32) + 1
+    # Keras corrects the rate for the zeros at the start, and not `v`, to
+    # which epsilon is added: the kernel is told that the start is long ago.
+    rate = _learning_rate(optimizer, gradients[0])
+    rate = rate * torch.sqrt(1 - optimizer.beta_2**step)
+    rate = rate / (1 - optimizer.beta_1**step)
+    long_ago = torch.full_like(step, 1e9)
+    torch._fused_adam_(
+        *lists,
+        [],
+        [long_ago] * len(gradients),
+        lr=rate,
+        beta1=optimizer.beta_1,
+        beta2=optimizer.beta_2,
+        weight_decay=0.0,
+        eps=optimizer.epsilon,
+        amsgrad=False,
+        maximize=False,
+        **_clipping(optimizer, gradients),
+    )
+
+
+@torch.no_grad()
+def _update_sgd(
+    optimizer: Any, gradients: list[Any], variables: list[Any]
+) -> None:
+    torch._fused_sgd_(
+        [v.value for v in variables],
+        gradients,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=_learning_rate(optimizer, gradients[0]),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        **_clipping(optimizer, gradients),
+    )
+
+
+def _learning_rate(optimizer: Any, like: Any) -> Any:
+    rate = optimizer.learning_rate
+    return torch.as_tensor(
+        getattr(rate, "value", rate), dtype=torch.float32, device=like.device
+    )
+
+
+def _clipping(optimizer: Any, gradients: list[Any]) -> dict[str, Any]:
+    """What the fused kernels divide gradients by as they read them."""
+    if not optimizer.global_clipnorm:
+        return {}
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    return {
+        "grad_scale": (norm / optimizer.global_clipnorm).clamp(min=1.0),
+        "found_inf": torch.zeros_like(norm),
+    }
 
 
 def device_name() -> str:
@@ -41,3 +319,10 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return reference.device_name()
+
+
+def _device_memory(device: Any) -> int | None:
+    """Bytes of the GPU's memory, where the tensors are on one."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
