@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from multilstm import ContinuousStreams, NextWordWindows
+from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
 
 SIZES = {"sequence_length": 3, "batch_size": 2}
@@ -339,3 +340,40 @@ def test_text_must_fill_a_batch():
     assert STREAMS(text(2))[0][2].sum() == 1
     with pytest.raises(UserError, match=r"at least 2 tokens; received 1\."):
         STREAMS(text(1))
+
+
+# Batches by their rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_tokens=st.integers(12, 80),
+    sequence_length=st.integers(1, 7),
+    batch_size=st.integers(1, 4),
+    skip_step=st.integers(1, 9),
+)
+def test_rows_that_begin_where_row_starts_says_are_the_batch(
+    num_tokens, sequence_length, batch_size, skip_step
+):
+    ids = np.arange(num_tokens)
+    size = (sequence_length, batch_size)
+    found = [NextWordWindows(ids, *size, skip_step)]
+    if num_tokens > sequence_length * batch_size:
+        found.append(ContinuousStreams(ids, *size, drop_remainder=True))
+    for dataset in found:
+        assert dataset.is_sliced
+        for k in range(len(dataset)):
+            starts = dataset.row_starts(k)
+            assert starts.dtype == np.int32
+            places = starts[:, np.newaxis] + np.arange(sequence_length)
+            inputs, targets = dataset[k]
+            np.testing.assert_array_equal(ids[places], inputs)
+            np.testing.assert_array_equal(ids[places + 1], targets)
+            np.testing.assert_array_equal(RowStarts(dataset)[k][0], starts)
+        assert len(RowStarts(dataset)) == len(dataset)
+
+
+def test_batches_that_are_more_than_slices_say_so():
+    ids = np.arange(30)
+    assert not NextWordWindows(ids, 3, 2, one_hot=30).is_sliced
+    assert not ContinuousStreams(ids, 3, 2).is_sliced

@@ -7,8 +7,20 @@ import numpy as np
 import oracles
 import pytest
 
-from multilstm import ContinuousStreams, LanguageModel, Perplexity
+from multilstm import (
+    ContinuousStreams,
+    LanguageModel,
+    NextWordWindows,
+    Perplexity,
+    ops,
+)
+from multilstm import model as model_module
 from multilstm.errors import UserError
+
+BACKEND = keras.config.backend()
+TAKES_GROUPS = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras's fit takes one step at a time on PyTorch"
+)
 
 V = 11
 # float32 against float64, through two layers.
@@ -42,6 +54,7 @@ def text(rng, num_tokens):
         {"num_layers": 3, "embedding_dim": 4},
         {"tied_embeddings": True},
         {"initializer_scale": None, "unit_forget_bias": False},
+        {"units": [5, 6, 4], "embedding_dim": 4, "tied_embeddings": True},
     ],
     ids=lambda a: ",".join(f"{k}={v}" for k, v in a.items()) or "defaults",
 )
@@ -365,3 +378,228 @@ def test_weights_of_a_carrying_model_fit_any_batch_size(ids, tmp_path):
     other.build((1, 1))
     other.load_weights(tmp_path / "a.weights.h5")
     np.testing.assert_allclose(numpy(other(ids)), expected, **CLOSE)
+
+
+# How a step is run
+
+
+class Batches(keras.utils.PyDataset):
+    """The batches of a dataset as arrays, which nothing is known of."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.batches = list(dataset)[: len(dataset)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def fit_on(data, valid=None, **arguments):
+    compile_arguments = arguments.pop("compile", {})
+    model = small_model(**{"output_dropout": 0.3} | arguments)
+    model.build((2, 5))
+    model.compile(keras.optimizers.Adam(0.01), **compile_arguments)
+    history = model.fit(
+        data, validation_data=valid, epochs=2, verbose=0, shuffle=False
+    )
+    return model, history.history
+
+
+def datasets(rng):
+    ids = text(rng, 78)  # seven batches
+    return {
+        "windows": NextWordWindows(ids, 5, 2),
+        "streams": ContinuousStreams(ids, 5, 2, drop_remainder=True),
+        "weighted": ContinuousStreams(ids, 5, 2),
+    }
+
+
+@pytest.mark.parametrize("name", ["windows", "streams", "weighted"])
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_text_on_the_device_gives_what_arrays_give(name, carry_state, rng):
+    """Also with several steps at once, where the backend chooses so."""
+    data = datasets(rng)[name]
+    model, history = fit_on(data, carry_state=carry_state)
+    arrays, expected = fit_on(
+        Batches(data),
+        carry_state=carry_state,
+        compile={"steps_per_execution": 1},
+    )
+    for values, truth in zip(history.values(), expected.values(), strict=True):
+        # The same sums in another program.
+        np.testing.assert_allclose(values, truth, rtol=1e-5)
+    for weight, truth in zip(
+        model.get_weights(), arrays.get_weights(), strict=True
+    ):
+        # Adam divides small numbers by small numbers.
+        np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)
+
+
+@TAKES_GROUPS
+@pytest.mark.parametrize("name", ["windows", "weighted"])
+def test_steps_in_groups_are_the_same_steps(name, rng):
+    data = datasets(rng)[name]
+    expected, one_by_one = fit_on(
+        data, data, compile={"steps_per_execution": 1}
+    )
+    model, groups = fit_on(data, data, compile={"steps_per_execution": 3})
+    assert set(groups) == {"loss", "perplexity", "val_loss", "val_perplexity"}
+    for key, values in groups.items():
+        # The same sums in another program.
+        np.testing.assert_allclose(values, one_by_one[key], rtol=1e-5)
+    for weight, truth in zip(
+        model.get_weights(), expected.get_weights(), strict=True
+    ):
+        # Adam divides small numbers by small numbers.
+        np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)
+
+
+class Counter(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(batch)
+
+
+class Chunky(Counter):
+    takes_several_batches = True
+
+
+class EpochsOnly(keras.callbacks.Callback):
+    batches = ()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs = logs
+
+
+@pytest.mark.parametrize(
+    ("callback", "num_calls"),
+    [
+        (Counter(), 7),
+        (Chunky(), 7 if BACKEND == "torch" else 3),
+        (EpochsOnly(), 0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_callback_that_needs_every_batch_gets_it(
+    callback, num_calls, rng, monkeypatch
+):
+    if BACKEND != "torch":
+        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+    model = small_model()
+    model.compile()
+    model.fit(datasets(rng)["windows"], verbose=0, callbacks=[callback])
+    assert len(callback.batches) == num_calls
+    assert list(callback.batches) == sorted(callback.batches)
+
+
+def test_function_of_a_user_is_called_at_every_batch(rng, monkeypatch):
+    if BACKEND != "torch":
+        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+    model = small_model()
+    model.compile()
+    batches = []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: batches.append(batch)
+    )
+    model.fit(datasets(rng)["windows"], verbose=0, callbacks=callback)
+    assert sorted(batches) == list(range(7))  # Keras calls it in a thread
+
+
+def test_fit_and_evaluate_never_make_logits(rng, monkeypatch):
+    model = small_model()
+    model.build((2, 5))
+
+    def fail(*_):
+        raise AssertionError("logits of the whole vocabulary")
+
+    monkeypatch.setattr(model_module._Projection, "call", fail)
+    model.compile()
+    data = datasets(rng)["windows"]
+    model.fit(data, validation_data=data, verbose=0)
+    model.evaluate(data, verbose=0)
+    with pytest.raises(AssertionError, match="whole vocabulary"):
+        model(data[0][0])
+
+
+def test_other_calls_between_fits_take_their_own_data(rng):
+    first, second = (datasets(rng)["windows"] for _ in range(2))
+    model, _ = fit_on(first)
+    expected, _ = fit_on(Batches(first), compile={"steps_per_execution": 1})
+    for other in (model, expected):
+        other.evaluate(second, verbose=0)
+        other.train_on_batch(*second[0])
+    model.fit(second, verbose=0, shuffle=False)
+    expected.fit(Batches(second), verbose=0, shuffle=False)
+    for weight, truth in zip(
+        model.get_weights(), expected.get_weights(), strict=True
+    ):
+        # Adam divides small numbers by small numbers.
+        np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)
+
+
+def test_layers_run_together_without_dropout_between_them(ids, monkeypatch):
+    together = []
+    run_stack = model_module.run_stack
+
+    def count(layers, *arguments):
+        together.append(len(layers))
+        return run_stack(layers, *arguments)
+
+    monkeypatch.setattr(model_module, "run_stack", count)
+    model = small_model(hidden_dropout=0.5, num_layers=3)
+    model(ids)
+    model(ids, training=True)
+    assert together == [3, 1, 1, 1]
+
+
+def test_mixed_precision_trains_on_the_fast_kernel(rng):
+    model = small_model(dtype="mixed_bfloat16", carry_state=True)
+    model.compile(keras.optimizers.SGD(1.0))
+    data = datasets(rng)["streams"]
+    losses = model.fit(data, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert ops.last_kernel() in (
+        "jax: scan",
+        "torch: onednn",
+        "tensorflow: xla loop",
+    )
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+def test_torch_compile_gives_the_same_logits_and_gradients(ids):
+    import torch
+
+    model = small_model()
+    eager = model(ids)
+    eager.sum().backward()
+    gradients = [v.value.grad.clone() for v in model.trainable_variables]
+    model.zero_grad()
+    # Without a C++ compiler: what torch.compile traces, run as it is.
+    compiled = torch.compile(model, backend="eager")(torch.as_tensor(ids))
+    compiled.sum().backward()
+    np.testing.assert_allclose(numpy(compiled), numpy(eager), **CLOSE)
+    for variable, truth in zip(
+        model.trainable_variables, gradients, strict=True
+    ):
+        np.testing.assert_allclose(variable.value.grad, truth, **CLOSE)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is chosen there")
+def test_whole_step_under_xla_gives_the_same_weights(rng):
+    data = datasets(rng)["windows"]
+    expected, model = (
+        # Under XLA TensorFlow draws other numbers for a dropout.
+        fit_on(data, output_dropout=0.0, compile={"jit_compile": jit})[0]
+        for jit in (False, True)
+    )
+    for weight, truth in zip(
+        model.get_weights(), expected.get_weights(), strict=True
+    ):
+        # Adam divides small numbers by small numbers.
+        np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)

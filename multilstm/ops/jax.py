@@ -359,14 +359,16 @@ def make_train_function(model: Any) -> Any:
 
     @partial(jax.jit, donate_argnums=0)
     def run(state: Any, text: Any, batches: Any, count: Any) -> Any:
-        def step(k: Any, carry: Any) -> Any:
+        def step(k: Any, state: Any) -> Any:
             batch = jax.tree.map(lambda array: array[k], batches)
             with model.text_on_device(text):
-                return model.train_step(carry[1], batch)
+                _, state = model.train_step(state, batch)
+            return state
 
-        shapes = jax.eval_shape(step, 0, (None, state))
-        logs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
-        return lax.fori_loop(0, count, step, (logs, state))
+        state = lax.fori_loop(0, count, step, state)
+        metrics = list(zip(model.metrics_variables, state[3], strict=True))
+        with keras.StatelessScope(metrics):
+            return model.get_metrics_result(), state
 
     def train_function(state: Any, iterator: Any) -> Any:
         batches = list(islice(iterator, num_steps))
