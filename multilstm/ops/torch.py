@@ -16,6 +16,7 @@ _FUSED = {
     "_cudnn_rnn": "torch: cudnn",
     "miopen_rnn": "torch: miopen",
 }
+_SECOND_BIAS = "_multilstm_second_bias"  # of a bias, where cuDNN has zeros
 _observed: dict[tuple[Any, ...], str] = {}
 
 
@@ -49,7 +50,7 @@ def lstm_stack(
         torch.lstm,
         x,
         tuple(torch.stack(state) for state in zip(*states, strict=True)),
-        [tensor for layer in weights for tensor in _in_torchs_order(*layer)],
+        _in_torchs_order(weights),
         has_biases=True,
         num_layers=len(weights),
         dropout=0.0,
@@ -60,16 +61,69 @@ def lstm_stack(
     return y, list(zip(h, c, strict=True))
 
 
-def _in_torchs_order(
-    kernel: Any, recurrent_kernel: Any, bias: Any
-) -> list[Any]:
-    """The same gates in the same order, matrices transposed, two biases."""
+def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
+    """The same gates in the same order, matrices transposed, two biases.
+
+    A parameter is stored that way the first time, on a GPU all of them in
+    the one block that cuDNN wants, so that no call has to copy it.
+    """
+    if not torch.compiler.is_compiling():
+        _store_for_kernels(weights)
     return [
-        kernel.T.contiguous(),
-        recurrent_kernel.T.contiguous(),
-        bias,
-        torch.zeros_like(bias),
+        tensor
+        for kernel, recurrent, bias in weights
+        for tensor in (
+            kernel.T.contiguous(),
+            recurrent.T.contiguous(),
+            bias,
+            getattr(bias, _SECOND_BIAS, torch.zeros_like(bias)),
+        )
     ]
+
+
+@torch.no_grad()
+def _store_for_kernels(weights: list[reference.Weights]) -> None:
+    flat = [tensor for layer in weights for tensor in layer]
+    if not all(isinstance(tensor, torch.nn.Parameter) for tensor in flat):
+        return
+    if flat[0].is_cuda and torch.backends.cudnn.is_acceptable(flat[0]):
+        blocks = {tensor.untyped_storage().data_ptr() for tensor in flat}
+        if len(blocks) > 1:
+            _store_for_cudnn(weights)
+        return
+    for matrix in flat:
+        if matrix.ndim == 2 and not matrix.T.is_contiguous():
+            matrix.data = matrix.data.T.contiguous().T
+
+
+def _store_for_cudnn(weights: list[reference.Weights]) -> None:
+    """As `torch.nn.LSTM.flatten_parameters` does. Never run: needs a GPU."""
+    block = [
+        tensor
+        for kernel, recurrent, bias in weights
+        for tensor in (
+            kernel.data.T.contiguous(),
+            recurrent.data.T.contiguous(),
+            bias.data.clone(),
+            torch.zeros_like(bias.data),
+        )
+    ]
+    torch._cudnn_rnn_flatten_weight(
+        block,
+        4,  # tensors a layer
+        weights[0][0].shape[0],  # features
+        2,  # an LSTM, among cuDNN's kinds
+        weights[0][1].shape[0],  # units
+        0,  # no projection
+        len(weights),
+        True,  # batch first
+        False,  # one direction
+    )
+    for layer, (kernel, recurrent, bias) in enumerate(weights):
+        stored = block[4 * layer : 4 * layer + 4]
+        kernel.data, recurrent.data = stored[0].T, stored[1].T
+        bias.data = stored[2]
+        setattr(bias, _SECOND_BIAS, stored[3])
 
 
 def _observe(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -249,12 +303,14 @@ def _update_adam(
     optimizer: Any, gradients: list[Any], variables: list[Any]
 ) -> None:
     places = [optimizer._get_variable_index(v) for v in variables]
-    lists = [
-        [v.value for v in variables],
-        gradients,
-        [optimizer._momentums[place].value for place in places],
-        [optimizer._velocities[place].value for place in places],
-    ]
+    weights = [v.value for v in variables]
+    gradients = _laid_out(gradients, weights)
+    moments = []
+    for of_all in (optimizer._momentums, optimizer._velocities):
+        slots = [of_all[place].value for place in places]
+        for slot, stored in zip(slots, _laid_out(slots, weights), strict=True):
+            slot.data = stored.data
+        moments.append(slots)
     step = optimizer.iterations.value.to(torch.float32) + 1
     # Keras corrects the rate for the zeros at the start, and not `v`, to
     # which epsilon is added: the kernel is told that the start is long ago.
@@ -263,7 +319,9 @@ def _update_adam(
     rate = rate / (1 - optimizer.beta_1**step)
     long_ago = torch.full_like(step, 1e9)
     torch._fused_adam_(
-        *lists,
+        weights,
+        gradients,
+        *moments,
         [],
         [long_ago] * len(gradients),
         lr=rate,
@@ -281,8 +339,10 @@ def _update_adam(
 def _update_sgd(
     optimizer: Any, gradients: list[Any], variables: list[Any]
 ) -> None:
+    weights = [v.value for v in variables]
+    gradients = _laid_out(gradients, weights)
     torch._fused_sgd_(
-        [v.value for v in variables],
+        weights,
         gradients,
         [],
         weight_decay=0.0,
@@ -294,6 +354,16 @@ def _update_sgd(
         is_first_step=False,
         **_clipping(optimizer, gradients),
     )
+
+
+def _laid_out(tensors: list[Any], weights: list[Any]) -> list[Any]:
+    """Tensors in memory as the weights, through which the kernels walk."""
+    return [
+        tensor
+        if tensor.stride() == weight.stride()
+        else torch.empty_like(weight).copy_(tensor)
+        for tensor, weight in zip(tensors, weights, strict=True)
+    ]
 
 
 def _learning_rate(optimizer: Any, like: Any) -> Any:
