@@ -27,7 +27,7 @@ import keras
 import numpy as np
 
 from multilstm import LanguageModel, NextWordWindows, load_corpus
-from multilstm.ops import device_name, last_kernel
+from multilstm.ops import LSTM_KERNEL, device_name
 
 STEPS, ROWS = 30, 20
 
@@ -87,7 +87,7 @@ class Record(keras.callbacks.Callback):
             "mode": mode,
             "backend": keras.config.backend(),
             "device": device_name(),
-            "kernel": last_kernel(),
+            "kernel": LSTM_KERNEL,
             "epochs": [],
         }
 

@@ -24,6 +24,7 @@ _HOME = {
     "LSTM": "layers",
     "Embedding": "layers",
     "ResetCarriedState": "layers",
+    "accelerate": "acceleration",
     "LanguageModel": "model",
     "Perplexity": "model",
     "Preset": "presets",
@@ -40,6 +41,7 @@ __all__ = [*_HOME, "layers"]
 
 if TYPE_CHECKING:
     from multilstm import layers as layers
+    from multilstm.acceleration import accelerate as accelerate
     from multilstm.corpus import Corpus as Corpus
     from multilstm.corpus import load_corpus as load_corpus
     from multilstm.corpus import read_words as read_words

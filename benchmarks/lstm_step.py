@@ -1,0 +1,784 @@
+"""Times a whole training step of ours against what others would run.
+
+For each shape of network, in each framework:
+
+    ours             multilstm.LanguageModel under `fit`
+    stock_tutorial   the classic tutorial's layers in stock Keras: softmax
+                     and accuracy over all words (targets are ids already)
+    stock_competent  stock Keras as its guides advise: logits, no metric
+    native           the framework's own loop, no Keras (`native_loops.py`)
+    native_compiled  the same under torch.compile, or under XLA; on JAX the
+                     cuDNN LSTM
+
+All start from the same weights and see the same batches, and their losses
+after a few steps on one batch must agree before times are compared. What is
+timed is a window of steps: it ends when the device is done, it includes the
+batches' way to the device and, with Keras, the start of a `fit`. So on a GPU
+make windows long: `--steps 100`. Compilation and a first window come before.
+
+One process holds one framework, and `KERAS_BACKEND` says which:
+
+    KERAS_BACKEND=jax python benchmarks/lstm_step.py --shapes tutorial
+
+To compare frameworks name a Python for each. Windows then take turns through
+all processes, so that a drift of the machine's speed hits all alike:
+
+    python benchmarks/lstm_step.py --python jax=PATH --python torch=PATH
+
+`share` is how near a step comes to its floor: its products at the rate of a
+plain product of that framework, measured in every round, over its time. (On a
+GPU a product may be so small that its launch takes longer.)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import native_loops
+import numpy as np
+
+from multilstm.errors import UserError
+from multilstm.files import finite_or_none, read_json, write_json
+from multilstm.selection import BACKENDS, parse_pythons, select_backend
+
+SCHEMA = "multilstm.lstm_step/1"
+KERAS_VARIANTS = ("ours", "stock_tutorial", "stock_competent")
+VARIANTS = (*KERAS_VARIANTS, "native", "native_compiled")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+CHECK_STEPS = 5
+# Seen on a CPU: 3e-6 in float32, 7e-4 in bfloat16; 3e-4 for the tutorial's
+# softmax, which Keras clips. A swapped gate or a lost bias gives 2e-3 or more.
+LOSS_TOLERANCE = 1e-3
+PRODUCT_SECONDS = 0.2  # of plain products in each round
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a network and of its batches."""
+
+    name: str
+    units: Sequence[int]
+    embedding_dim: int
+    batch_size: int
+    sequence_length: int
+    vocabulary_size: int = 10_000
+    tied: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def step_flops(self) -> int:
+        """Of all products; the backward pass has two for each forward."""
+        forward, features = 0, self.embedding_dim
+        for units in self.units:
+            forward += 2 * self.tokens * (features + units) * 4 * units
+            features = units
+        return 3 * (forward + 2 * self.tokens * features * self.vocabulary_size)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: LSTM {'+'.join(map(str, self.units))}, embedding "
+            f"{self.embedding_dim}{' tied' * self.tied}, batch "
+            f"{self.batch_size}, length {self.sequence_length}, vocabulary "
+            f"{self.vocabulary_size:,}"
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("tutorial", (500, 500), 500, 20, 30),
+        Shape("zaremba_medium", (650, 650), 650, 20, 35),
+        Shape("awd", (1150, 1150, 400), 400, 40, 70, tied=True),
+        Shape("tiny", (16, 16), 16, 4, 5, 50),
+    )
+}
+
+
+class WorkerError(Exception):
+    """What a worker could not do, in one line."""
+
+
+def our_model(shape: Shape) -> Any:
+    import keras
+
+    from multilstm import LanguageModel
+
+    units: Any = list(shape.units)
+    if len(set(units)) == 1:
+        units = units[0]
+    model = LanguageModel(
+        shape.vocabulary_size,
+        units=units,
+        num_layers=len(shape.units),
+        embedding_dim=shape.embedding_dim,
+        tied_embeddings=shape.tied,
+    )
+    model.build((shape.batch_size, shape.sequence_length))
+    model.compile(keras.optimizers.Adam(1e-3))
+    return model
+
+
+def stock_model(shape: Shape, *, as_tutorial: bool) -> Any:
+    import keras
+    from keras import layers
+
+    embedding = layers.Embedding(shape.vocabulary_size, shape.embedding_dim)
+    projection = layers.Dense(shape.vocabulary_size)
+    if shape.tied:
+        projection = tied_projection(embedding)
+    if as_tutorial:
+        projection = layers.TimeDistributed(projection)
+    model = keras.Sequential(
+        [
+            layers.Input((shape.sequence_length,), dtype="int32"),
+            embedding,
+            *(layers.LSTM(u, return_sequences=True) for u in shape.units),
+            projection,
+            *([layers.Activation("softmax")] if as_tutorial else []),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=not as_tutorial),
+        metrics=["accuracy"] if as_tutorial else None,
+    )
+    return model
+
+
+def tied_projection(embedding: Any) -> Any:
+    import keras
+
+    class TiedProjection(keras.layers.Layer):
+        def build(self, features_shape: tuple) -> None:
+            self.bias = self.add_weight(shape=(embedding.input_dim,))
+
+        def call(self, features: Any) -> Any:
+            table = keras.ops.cast(embedding.embeddings, self.compute_dtype)
+            kernel = keras.ops.transpose(table)
+            return keras.ops.matmul(features, kernel) + self.bias
+
+        def compute_output_shape(self, features_shape: tuple) -> tuple:
+            return (*features_shape[:-1], embedding.input_dim)
+
+    return TiedProjection()
+
+
+def keras_loop(shape: Shape, variant: str, weights: list) -> tuple[str, Any]:
+    """As `native_loop`; the loss is a mean over the batches."""
+    import keras
+
+    if variant == "ours":
+        model = our_model(shape)
+    else:
+        model = stock_model(shape, as_tutorial=variant == "stock_tutorial")
+    model.set_weights(weights)
+
+    def train(window: Any) -> float:
+        history = model.fit(window, shuffle=False, verbose=0)
+        keras.ops.convert_to_numpy(model.trainable_variables[-1])  # waits
+        return history.history["loss"][-1]
+
+    return "keras.layers.LSTM", train
+
+
+def our_kernel() -> str:
+    """The implementation that ran last."""
+    from multilstm import ops
+
+    last_kernel = getattr(ops, "last_kernel", lambda: ops.LSTM_KERNEL)
+    return str(last_kernel())
+
+
+class Worker:
+    """The framework of this process, and the variants that it holds.
+
+    What `ask` can be asked for are the methods. They take and give what JSON
+    can hold, so that it may as well be asked through a pipe.
+    """
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        gc.collect()
+        try:
+            return getattr(self, method)(**arguments)
+        except (native_loops.AbsentError, ImportError) as error:
+            raise WorkerError(str(error)) from error
+        except Exception as error:
+            traceback.print_exc()
+            line = next(iter(str(error).strip().splitlines()), "")
+            reason = f"{type(error).__name__}: {line}"[:160]
+            raise WorkerError(reason) from error
+
+    def start(self, precision: str) -> dict[str, Any]:
+        """Imports the framework; says what it is and on what it runs."""
+        # Several frameworks may share one GPU.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import keras
+
+        from multilstm import ops
+
+        self.precision = precision
+        self.backend = keras.config.backend()
+        native_loops.set_precision(self.backend, precision)
+        self.dtype = "bfloat16" if precision == "bfloat16" else "float32"
+        modules = ("multilstm", "keras", "numpy", self.backend)
+        return {
+            "device": ops.device_name(),
+            "gpu": native_loops.has_gpu(self.backend),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: sys.modules[name].__version__ for name in modules},
+            },
+            "product_error": self.product_error(),
+        }
+
+    def tensors(self, *arrays: np.ndarray) -> list[Any]:
+        from keras import ops
+
+        return [ops.convert_to_tensor(array, self.dtype) for array in arrays]
+
+    def product_error(self) -> float:
+        """Of a product of 1024 rows: the proof of the precision in use."""
+        from keras import ops
+
+        a, b = normal((1024, 1024), (1024, 1024))
+        product = ops.cast(ops.matmul(*self.tensors(a, b)), "float32")
+        exact = a.astype(np.float64) @ b.astype(np.float64)
+        error = ops.convert_to_numpy(product) - exact
+        return float(np.linalg.norm(error) / np.linalg.norm(exact))
+
+    def prepare(self, steps: int, **sizes: Any) -> dict[str, Any]:
+        """Forgets the variants and makes data and weights for others."""
+        import keras
+
+        from multilstm import NextWordWindows
+
+        self.loops: dict[str, Any] = {}
+        self.product: Any = None
+        keras.utils.clear_session(free_memory=True)  # and the dtype policy
+        if self.dtype == "bfloat16":
+            keras.config.set_dtype_policy("mixed_bfloat16")
+        self.sizes = shape = Shape(**sizes)
+        self.weights = native_loops.draw_weights(shape)
+        token_ids = np.random.default_rng(3).integers(
+            shape.vocabulary_size, size=steps * shape.tokens + 1, dtype=np.int32
+        )
+        self.window_of_one, self.window = (
+            NextWordWindows(ids, shape.sequence_length, shape.batch_size)
+            for ids in (token_ids[: shape.tokens + 1], token_ids)
+        )
+        return {}
+
+    def make(self, variant: str) -> tuple[str, Any]:
+        """The name of a variant's LSTM, and `train(window) -> loss`."""
+        if variant in KERAS_VARIANTS:
+            import keras
+
+            assert keras.config.dtype_policy().compute_dtype == self.dtype
+            return keras_loop(self.sizes, variant, self.weights)
+        kernel, train = native_loops.native_loop(
+            self.backend,
+            self.sizes,
+            self.weights,
+            precision=self.precision,
+            compiled=variant == "native_compiled",
+        )
+        return kernel, lambda window: train(
+            map(window.__getitem__, range(len(window)))
+        )
+
+    def build(self, variant: str) -> dict[str, Any]:
+        """Makes a variant, checks its losses and warms it up."""
+        began = time.perf_counter()
+        kernel, train = self.make(variant)
+        losses = [train(self.window_of_one)]
+        compiled = time.perf_counter()
+        # The loss is that before a step: one more gives the last step's.
+        losses += [train(self.window_of_one) for _ in range(CHECK_STEPS)]
+        checked = time.perf_counter()
+        train(self.window)
+        self.loops[variant] = train
+        return {
+            "kernel": our_kernel() if variant == "ours" else kernel,
+            "losses": losses,
+            "compile_time_seconds": round(compiled - began, 3),
+            "warm_up_seconds": round(time.perf_counter() - checked, 3),
+        }
+
+    def time_window(self, variant: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        self.loops[variant](self.window)
+        return {"seconds": time.perf_counter() - began}
+
+    def time_product(self) -> dict[str, Any]:
+        """GFLOP/s of the largest product of a step, alone."""
+        from keras import ops
+
+        units, words = self.sizes.units[-1], self.sizes.vocabulary_size
+        if self.product is None:
+            sizes = (self.sizes.tokens, units), (units, words)
+            self.product = self.tensors(*normal(*sizes))
+
+        def seconds(repetitions: int) -> float:
+            began = time.perf_counter()
+            for _ in range(repetitions):
+                product = ops.matmul(*self.product)
+            ops.convert_to_numpy(ops.cast(product[:1], "float32"))  # waits
+            return time.perf_counter() - began
+
+        seconds(2)  # compiles
+        repetitions = max(3, int(PRODUCT_SECONDS / seconds(1)))
+        flops = 2 * self.sizes.tokens * units * words * repetitions
+        return {self.backend: flops / seconds(repetitions) / 1e9}
+
+    def measure_memory(self, variant: str) -> dict[str, Any]:
+        """Of one window in a process that has done nothing else."""
+        before = resident_mb("VmRSS")
+        _, train = self.make(variant)
+        train(self.window)
+        gpu_bytes = native_loops.gpu_peak_bytes(self.backend)
+        peak = resident_mb("VmHWM")
+        return {
+            "peak_mb": peak,
+            "peak_over_start_mb": round(peak - before, 1),
+            "gpu_peak_mb": gpu_bytes and round(gpu_bytes / 1e6, 1),
+        }
+
+
+def normal(*sizes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(2)
+    return [rng.standard_normal(size, np.float32) for size in sizes]
+
+
+def resident_mb(field: str) -> float:
+    """This process's memory: `VmRSS` is what it has, `VmHWM` the most it had.
+
+    `getrusage` counts in the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.split(f"{field}:")[1].split()[0]) * 1.024e-3, 1)
+
+
+class WorkerProcess:
+    """A `Worker` behind a pipe: a JSON line for each question and answer."""
+
+    def __init__(self, python: str, backend: str) -> None:
+        self.process = subprocess.Popen(
+            [python, __file__, "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"KERAS_BACKEND": backend},
+        )
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        question = json.dumps([method, arguments])
+        try:
+            print(question, file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            status = self.process.wait()
+            raise WorkerError(f"its process has ended with status {status}")
+        answer = json.loads(answer)
+        if "failure" in answer:
+            raise WorkerError(answer["failure"])
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Answers the questions on stdin; all else that is printed is stderr's."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        method, arguments = json.loads(line)
+        try:
+            answer = worker.ask(method, **arguments)
+        except WorkerError as failure:
+            answer = {"failure": str(failure)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+@dataclasses.dataclass
+class Entry:
+    """One variant in one worker, and what is known of it."""
+
+    backend: str
+    variant: str
+    worker: Any
+    known: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step_ms: list[float] = dataclasses.field(default_factory=list)
+    gflops: list[float] = dataclasses.field(default_factory=list)
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Asks the worker; gives nothing from the first failure on."""
+        try:
+            return self.worker.ask(method, **arguments) if self.runs else {}
+        except WorkerError as failure:
+            self.known["reason"] = str(failure)
+            return {}
+
+    @property
+    def runs(self) -> bool:
+        return "reason" not in self.known
+
+
+def measure(
+    workers: dict[str, Any], shape: Shape, options: argparse.Namespace
+) -> list[Entry]:
+    """Builds all variants of a shape, then times them in turns."""
+    entries = [
+        Entry(backend, variant, worker)
+        for variant in options.variants
+        for backend, worker in workers.items()
+    ]
+    sizes = dataclasses.asdict(shape)
+    for entry in entries:
+        entry.ask("prepare", steps=options.steps, **sizes)
+    for entry in entries:
+        entry.known |= entry.ask("build", variant=entry.variant)
+    check_losses(entries)
+    for _ in range(options.rounds):
+        time_round(entries, options.steps)
+    return entries
+
+
+def check_losses(entries: list[Entry]) -> None:
+    """Compares the losses of each with the median of all."""
+    entries = [entry for entry in entries if entry.runs]
+    losses = np.array([entry.known["losses"] for entry in entries])
+    if not entries:
+        return
+    deviations = np.abs(losses / np.nanmedian(losses, axis=0) - 1).max(axis=1)
+    for entry, deviation in zip(entries, deviations, strict=True):
+        entry.known["loss_deviation"] = float(deviation)
+        entry.known["comparable"] = bool(deviation <= LOSS_TOLERANCE)
+
+
+def time_round(entries: list[Entry], steps: int) -> None:
+    """One window of each variant, and each framework's plain product."""
+    rates: dict[str, float] = {}
+    for entry in entries:
+        if entry.backend not in rates:
+            rates |= entry.ask("time_product")
+        if answer := entry.ask("time_window", variant=entry.variant):
+            entry.step_ms.append(1000 * answer["seconds"] / steps)
+            entry.gflops.append(rates[entry.backend])
+
+
+def record(entry: Entry, entries: list[Entry], shape: Shape) -> dict[str, Any]:
+    """What the result file says of a variant."""
+    about = {
+        "shape": dataclasses.asdict(shape),
+        "backend": entry.backend,
+        "variant": entry.variant,
+        **entry.known,
+    }
+    if not entry.runs:
+        return about
+    of = {(e.backend, e.variant): e for e in entries}
+    step_ms, gflops = np.array(entry.step_ms), np.array(entry.gflops)
+    floor_ms = shape.step_flops / gflops / 1e6
+    p20, median, p80 = np.percentile(step_ms, [20, 50, 80]).round(4).tolist()
+    return about | {
+        "step_time_ms": {
+            "median": median,
+            "p20": p20,
+            "p80": p80,
+            "min": round(float(step_ms.min()), 4),
+        },
+        "tokens_per_second": round(1000 * shape.tokens / median, 1),
+        "product_gflops": round(float(np.median(gflops)), 1),
+        "share_of_product_rate": round(float(np.median(floor_ms / step_ms)), 4),
+        "time_over_ours": ratio(entry, of.get((entry.backend, "ours"))),
+        "time_over_torch_native": ratio(entry, of.get(("torch", "native"))),
+        "windows_ms": step_ms.round(4).tolist(),
+    }
+
+
+def ratio(entry: Entry, other: Entry | None) -> dict[str, float] | None:
+    """The time of one over that of another, round by round."""
+    if other is None or not (
+        other.runs and entry.known["comparable"] and other.known["comparable"]
+    ):
+        return None
+    ratios = np.array(entry.step_ms) / np.array(other.step_ms)
+    return {
+        "median": round(float(np.median(ratios)), 4),
+        "min": round(float(ratios.min()), 4),
+        "max": round(float(ratios.max()), 4),
+    }
+
+
+def memory_of(
+    entry: Entry, shape: Shape, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Measures a variant alone, in a fresh process."""
+    worker = WorkerProcess(options.python[entry.backend], entry.backend)
+    with contextlib.closing(worker):
+        try:
+            worker.ask("start", precision=options.precision)
+            sizes = dataclasses.asdict(shape)
+            worker.ask("prepare", steps=options.steps, **sizes)
+            return worker.ask("measure_memory", variant=entry.variant)
+        except WorkerError as failure:
+            return {"reason": str(failure)}
+
+
+def table(records: list[dict[str, Any]], shape: Shape) -> str:
+    products = {
+        found["backend"]: f"{found['backend']} {found['product_gflops']:,.0f}"
+        for found in records
+        if "reason" not in found
+    }
+    return "\n".join(
+        [
+            f"{shape}, {shape.step_flops / 1e9:.3g} GFLOP a step",
+            f"{'':28}{'ms a step':>10}{'p20':>9}{'p80':>9}{'min':>9}"
+            f"{'tokens/s':>11}{'share':>7}{'compile':>9}{'loss':>9}"
+            f"{'over ours':>19}{'over torch native':>19}  LSTM",
+            *map(row, sorted(records, key=lambda found: found["backend"])),
+            f"plain product, GFLOP/s: {', '.join(products.values())}",
+        ]
+    )
+
+
+def row(record: dict[str, Any]) -> str:
+    start = f"{record['backend']:<11}{record['variant']:<17}"
+    if "reason" in record:
+        return f"{start}absent: {record['reason']}"
+    ms, notes = record["step_time_ms"], [record["kernel"]]
+    over_ours = show_ratio(record["time_over_ours"])
+    over_torch = show_ratio(record["time_over_torch_native"])
+    if not record["comparable"]:
+        notes.append(f"NOT COMPARABLE, loss {record['loss_deviation']:.1e} off")
+    notes += [
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in record.get("memory", {}).items()
+        if value is not None
+    ]
+    return (
+        f"{start}{ms['median']:>10.2f}{ms['p20']:>9.2f}{ms['p80']:>9.2f}"
+        f"{ms['min']:>9.2f}{record['tokens_per_second']:>11,.0f}"
+        f"{record['share_of_product_rate']:>7.2f}"
+        f"{record['compile_time_seconds']:>8.1f}s{record['losses'][-1]:>9.4f}"
+        f" {over_ours:>18} {over_torch:>18}  {', '.join(notes)}"
+    )
+
+
+def show_ratio(times: dict[str, float] | None) -> str:
+    if times is None:
+        return "-"
+    return f"{times['median']:.2f} ({times['min']:.2f}-{times['max']:.2f})"
+
+
+def markdown(paths: list[Path]) -> str:
+    """The README's tables: a row for each variant, a column a framework.
+
+    Files of one device, precision and shape make one table; of what stands
+    in several of them, the last file's is taken.
+    """
+    tables: dict[tuple[str, str, str], dict[tuple[str, str], dict]] = {}
+    for path in paths:
+        content = read_json(path, schema=SCHEMA)
+        for found in content["results"]:
+            shape = Shape(**found["shape"])
+            key = (str(shape), content["device"], content["precision"])
+            cells = tables.setdefault(key, {})
+            cells[found["variant"], found["backend"]] = found
+    return "\n".join(
+        line
+        for title, cells in tables.items()
+        for line in markdown_table(", ".join(title), cells)
+    )
+
+
+def markdown_table(title: str, cells: dict) -> list[str]:
+    backends = [b for b in BACKENDS if any(key[1] == b for key in cells)]
+    lines = [f"{title}:", "", f"| | {' | '.join(backends)} |"]
+    lines.append("|---|" + "---|" * len(backends))
+    for variant in VARIANTS:
+        found = [cells.get((variant, backend)) for backend in backends]
+        if any(found):
+            shown = " | ".join(map(markdown_cell, found))
+            lines.append(f"| {variant} | {shown} |")
+    return [*lines, ""]
+
+
+def markdown_cell(record: dict[str, Any] | None) -> str:
+    if record is None or "reason" in record:
+        return ""
+    ms = record["step_time_ms"]["median"]
+    cell = f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+    if not record["comparable"]:
+        return f"{cell}, another loss"
+    if record["variant"] == "ours":
+        return f"{cell}, {record['tokens_per_second']:,.0f} tokens/s"
+    over_ours = record["time_over_ours"]
+    return f"{cell}, x {over_ours['median']:.2f}" if over_ours else cell
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, shows and writes all shapes."""
+    shapes = [resize(SHAPES[name], options) for name in options.shapes]
+    with contextlib.ExitStack() as closed_at_end:
+        workers = start_workers(options, closed_at_end)
+        result = describe(workers, options)
+        print(f"{result['device']}, {options.precision}", end="\n\n")
+        for shape in shapes:
+            entries = measure(workers, shape, options)
+            records = [record(entry, entries, shape) for entry in entries]
+            if options.memory:
+                for entry, found in zip(entries, records, strict=True):
+                    if entry.runs:
+                        found["memory"] = memory_of(entry, shape, options)
+            print(table(records, shape), end="\n\n", flush=True)
+            result["results"] += finite_or_none(records)
+            if options.out:
+                write_json(options.out, result)
+    print(json.dumps(result))
+
+
+def resize(shape: Shape, options: argparse.Namespace) -> Shape:
+    """The shape with those sizes that the command line gives."""
+    asked = vars(options)
+    sizes = {
+        field.name: asked[field.name]
+        for field in dataclasses.fields(Shape)
+        if asked.get(field.name) is not None
+    }
+    shape = dataclasses.replace(shape, **sizes)
+    if shape.tied and shape.embedding_dim != shape.units[-1]:
+        raise UserError(
+            f"Tied embeddings need the last layer's units; {shape.name} has "
+            f"{shape.embedding_dim} and {shape.units[-1]}. Give "
+            "--embedding-dim and --units that agree."
+        )
+    return shape
+
+
+def start_workers(
+    options: argparse.Namespace, closed_at_end: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Processes for the Pythons that are named; without any, this one."""
+    if not options.python:
+        backend, _ = select_backend()
+        options.python = {backend: sys.executable}
+        return {backend: Worker()}
+    options.python = parse_pythons(options.python)
+    return {
+        backend: closed_at_end.enter_context(
+            contextlib.closing(WorkerProcess(str(python), backend))
+        )
+        for backend, python in options.python.items()
+    }
+
+
+def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
+    """Starts the workers; gives what a file says besides its results."""
+    about = {}
+    for backend, worker in workers.items():
+        try:
+            about[backend] = worker.ask("start", precision=options.precision)
+        except WorkerError as failure:
+            raise UserError(f"{backend} cannot start: {failure}") from failure
+    gpu = {backend: each["gpu"] for backend, each in about.items()}
+    if options.require_gpu and not all(gpu.values()):
+        raise UserError(f"--require-gpu: a GPU is seen by {gpu}")
+    if len(set(gpu.values())) > 1:
+        raise UserError(f"All must run on one kind of device; on a GPU: {gpu}")
+    errors = {name: each["product_error"] for name, each in about.items()}
+    if options.precision == "float32" and max(errors.values()) > 1e-5:
+        raise UserError(
+            f"Products are not float32's: their errors are {errors}"
+        )
+    return {
+        "schema": SCHEMA,
+        "device": " / ".join(
+            sorted({each["device"] for each in about.values()})
+        ),
+        "versions": {name: each["versions"] for name, each in about.items()},
+        "precision": options.precision,
+        "product_error": errors,
+        "protocol": {
+            "rounds": options.rounds,
+            "steps_per_window": options.steps,
+            "warm_up_windows": 1,
+            "check_steps": CHECK_STEPS,
+            "loss_tolerance": LOSS_TOLERANCE,
+            "order": "each round goes through all variants and backends",
+        },
+        "results": [],
+    }
+
+
+def main() -> None:
+    options = parse_arguments()
+    try:
+        if options.worker:
+            serve()
+        elif options.markdown:
+            print(markdown(options.markdown))
+        else:
+            run(options)
+    except UserError as error:
+        sys.exit(f"lstm_step.py: {error}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="See the head of this file for what the variants are.",
+        usage="%(prog)s [options]",
+    )
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["tutorial"])
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--python", action="append", default=[], metavar="BACKEND=PATH")
+    add("--rounds", type=positive, default=7, help="windows of each variant")
+    add("--steps", type=positive, default=16, help="steps in a window")
+    add("--precision", choices=PRECISIONS, default="float32")
+    add("--memory", action="store_true", help="measure peak memory too")
+    add("--require-gpu", action="store_true", help="fail without a GPU")
+    add("--out", type=Path, metavar="FILE.json")
+    add("--markdown", type=Path, nargs="+", metavar="FILE.json")
+    for size in ("embedding-dim", "batch-size", "sequence-length"):
+        add(f"--{size}", type=positive, help="instead of the shapes' own")
+    add("--vocabulary-size", type=positive)
+    add("--units", type=positive, nargs="+", metavar="UNITS")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"a whole number from 1 on is needed; received {text!r}"
+        )
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()
