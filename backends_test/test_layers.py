@@ -32,6 +32,26 @@ def arguments_id(arguments):
     return ",".join(f"{k}={v}" for k, v in arguments.items()) or "defaults"
 
 
+def test_lstm_takes_its_inputs_by_the_name_that_keras_has(x):
+    ours, theirs = built(LSTM(UNITS)), built(keras.layers.LSTM(UNITS))
+    theirs.set_weights(ours.get_weights())
+    [out], [truth] = numpy(ours(sequences=x)), numpy(theirs(sequences=x))
+    np.testing.assert_allclose(out, truth, **CLOSE)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="PyTorch's kernels read so"
+)
+def test_weights_are_stored_as_the_kernel_reads_them_and_keep_their_values(x):
+    layer = built(LSTM(UNITS))
+    before = layer.get_weights()
+    layer(x)
+    assert layer.kernel.value.T.is_contiguous()
+    assert layer.recurrent_kernel.value.T.is_contiguous()
+    for weight, truth in zip(layer.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, truth)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

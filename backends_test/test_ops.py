@@ -539,13 +539,16 @@ def make_optimizers():
     }
 
 
-def run_optimizer(optimizer):
+def run_optimizer(optimizer, *, transposed=False):
     rng = np.random.default_rng(3)
     shapes = ((3, 4), (5,))
     variables = [
         keras.Variable(rng.standard_normal(shape).astype(np.float32))
         for shape in shapes
     ]
+    if transposed:
+        matrix = variables[0].value
+        matrix.data = matrix.data.T.contiguous().T
     for _ in range(5):
         gradients = [rng.standard_normal(shape) for shape in shapes]
         optimizer.apply(
@@ -566,6 +569,18 @@ def test_fused_optimizer_does_what_keras_does(name):
     for got, truth in zip(run_optimizer(optimizer), expected, strict=True):
         # The same formulas, summed in another order.
         np.testing.assert_allclose(got, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="stored so on PyTorch alone")
+@pytest.mark.parametrize("name", ["Adam clipped", "SGD clipped"])
+def test_fused_optimizer_takes_weights_that_are_stored_transposed(name):
+    expected = run_optimizer(make_optimizers()[name]())
+    optimizer = make_optimizers()[name]()
+    ops.fuse_optimizer(optimizer)
+    got = run_optimizer(optimizer, transposed=True)
+    for array, truth in zip(got, expected, strict=True):
+        # The same formulas, summed in another order.
+        np.testing.assert_allclose(array, truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def accelerate(model: Any) -> Any:
     cannot be carried, such as metrics that are functions of your own: those
     Keras gives back only if they are registered with it. A loss is carried.
 
-    Dropout goes on from the same seeds; one that was given none draws from
-    PyTorch's own.
-    Before you load the copy from a `.keras` file, import `multilstm.layers`.
+    Dropout goes on from the same seeds; on PyTorch one that was given none
+    draws from PyTorch's own. Before you load the copy from a `.keras` file,
+    import `multilstm.layers`.
 
     Args:
         model: A `keras.Sequential`, built or not, or a functional

@@ -73,7 +73,7 @@ class LSTM(keras.layers.Layer):
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
-        sequence: Tensor of shape `(batch, time, features)`.
+        sequences: Tensor of shape `(batch, time, features)`.
         initial_state: `(h, c)`, each of shape `(batch, units)`. Default: the
             carried state where it is carried, otherwise zeros. An explicit
             state leaves the carried one alone.
@@ -170,8 +170,8 @@ class LSTM(keras.layers.Layer):
         )
         self.carried = _CarriedState(name="carried") if carry_state else None
 
-    def build(self, sequence_shape: tuple[int | None, ...]) -> None:
-        batch_size, _, features = sequence_shape
+    def build(self, sequences_shape: tuple[int | None, ...]) -> None:
+        batch_size, _, features = sequences_shape
         self.kernel = self.add_weight(
             shape=(features, 4 * self.units),
             initializer=self.kernel_initializer,
@@ -205,28 +205,28 @@ class LSTM(keras.layers.Layer):
 
     def call(
         self,
-        sequence: Any,
+        sequences: Any,
         initial_state: State | None = None,
         mask: Any = None,
         training: bool | None = None,
     ) -> Any:
-        sequence = self.input_dropout(sequence, training=training)
+        sequences = self.input_dropout(sequences, training=training)
         if self.go_backwards:
-            sequence = ops.flip(sequence, axis=1)
+            sequences = ops.flip(sequences, axis=1)
             mask = None if mask is None else ops.flip(mask, axis=1)
-        h0, c0 = self.read_state(sequence, initial_state)
-        y, h, c = lstm(sequence, h0, c0, *self.read_weights(), mask)
+        h0, c0 = self.read_state(sequences, initial_state)
+        y, h, c = lstm(sequences, h0, c0, *self.read_weights(), mask)
         if initial_state is None:
             self.write_state(h, c)
         output = y if self.return_sequences else h
         return (output, h, c) if self.return_state else output
 
-    def read_state(self, sequence: Any, initial_state: State | None) -> State:
+    def read_state(self, sequences: Any, initial_state: State | None) -> State:
         """The state to start from: the given one, the carried one, or zeros."""
         if initial_state is None and self.carried is not None:
-            initial_state = self.carried.read(sequence)
+            initial_state = self.carried.read(sequences)
         elif initial_state is None:
-            initial_state = self.get_initial_state(ops.shape(sequence)[0])
+            initial_state = self.get_initial_state(ops.shape(sequences)[0])
         h, c = (ops.cast(state, self.compute_dtype) for state in initial_state)
         return h, c
 
@@ -244,7 +244,7 @@ class LSTM(keras.layers.Layer):
         if self.carried is not None:
             self.carried.write(h, c)
 
-    def compute_mask(self, sequence: Any, mask: Any = None) -> Any:
+    def compute_mask(self, sequences: Any, mask: Any = None) -> Any:
         """The mask goes on with a sequence, with nothing else."""
         output_mask = mask if self.return_sequences else None
         return (output_mask, None, None) if self.return_state else output_mask
@@ -260,9 +260,9 @@ class LSTM(keras.layers.Layer):
             self.carried.reset()
 
     def compute_output_shape(
-        self, sequence_shape: tuple[int | None, ...], **states: Any
+        self, sequences_shape: tuple[int | None, ...], **states: Any
     ) -> Any:
-        batch_size, time, _ = sequence_shape
+        batch_size, time, _ = sequences_shape
         state = (batch_size, self.units)
         output: tuple[int | None, ...] = state
         if self.return_sequences:

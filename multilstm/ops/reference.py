@@ -1,10 +1,10 @@
 """The operations in `keras.ops`: any backend, and the oracle for the others."""
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
-import psutil
 from keras import ops
 
 from multilstm.ops.evidence import note_kernel
@@ -223,7 +223,16 @@ def chunk_size(
 
 def default_logits_bytes(device_memory: int | None = None) -> int:
     """What a chunk of logits may take on a device with so much memory."""
-    return (device_memory or psutil.virtual_memory().total) // _LOGITS_SHARE
+    return (device_memory or _host_memory()) // _LOGITS_SHARE
+
+
+def _host_memory() -> int:
+    """Bytes of this machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # on Windows
+
+    return int(psutil.virtual_memory().total)
 
 
 def embedding_lookup(table: Any, token_ids: Any) -> Any:

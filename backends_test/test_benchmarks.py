@@ -1,0 +1,50 @@
+"""The benchmark runs, and what it compares computes the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_ours_keras_and_a_native_loop_have_the_same_losses(tmp_path):
+    """Five steps of Adam from the same weights, for a loss within 1e-3."""
+    out = tmp_path / "result.json"
+    variants = ["ours", "stock_tutorial", "stock_competent", "native"]
+    sizes = ["--units", "5", "6", "--rounds", "1", "--steps", "2"]
+    done = run(
+        *("--shapes", "tiny", *sizes, "--out", out, "--variants", *variants)
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(out.read_text()) == result
+    records = {record["variant"]: record for record in result["results"]}
+    assert list(records) == variants
+    for record in records.values():
+        assert record["comparable"], record
+        assert record["step_time_ms"]["median"] > 0
+    backend = keras.config.backend()
+    assert records["ours"]["kernel"].startswith(f"{backend}: ")
+    table = run("--markdown", out).stdout
+    assert table.count("| ours |") == 1
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_benchmark_refuses_sizes_that_cannot_be():
+    done = run("--shapes", "tiny", "--rounds", "0")
+    assert done.returncode == 2
+    assert "received '0'" in done.stderr
