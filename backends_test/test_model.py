@@ -15,6 +15,7 @@ from multilstm import (
     ops,
 )
 from multilstm import model as model_module
+from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
 
 BACKEND = keras.config.backend()
@@ -455,6 +456,26 @@ def test_steps_in_groups_are_the_same_steps(name, rng):
     ):
         # Adam divides small numbers by small numbers.
         np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="elsewhere Keras shuffles the dataset"
+)
+def test_default_order_of_batches_is_new_in_each_epoch(rng):
+    """As Keras does with a PyDataset; each batch comes once."""
+    data = RowStarts(NextWordWindows(text(rng, 402), 5, 2))  # forty batches
+    in_order = [int(data[k][0][0]) for k in range(40)]
+    model = small_model()
+    model.compile()
+    for shuffle in (True, False):
+        with model._prepare_steps(data.batches, None, shuffle) as batches:
+            epochs = [
+                [int(starts[0]) for (starts,) in batches] for _ in range(2)
+            ]
+        assert [sorted(epoch) for epoch in epochs] == [in_order, in_order]
+        assert (epochs[0] != epochs[1]) is shuffle
+        assert (epochs[0] != in_order) is shuffle
+    model.fit(data.batches, verbose=0)  # with no warning
 
 
 class Counter(keras.callbacks.Callback):

@@ -25,6 +25,7 @@ from multilstm.layers import (
     run_stack,
 )
 from multilstm.ops import (
+    feed,
     fuse_optimizer,
     linear_cross_entropy,
     make_train_function,
@@ -454,7 +455,10 @@ class LanguageModel(keras.Model):
         if self.carry_state:
             kwargs.setdefault("shuffle", False)
             self._prepare_carry((x, *args), kwargs)
-        with self._prepare_steps(x, kwargs.get("callbacks")) as data:
+        shuffle = kwargs.get("shuffle", True)
+        with self._prepare_steps(x, kwargs.get("callbacks"), shuffle) as data:
+            if data is not x and not isinstance(data, keras.utils.PyDataset):
+                kwargs["shuffle"] = False  # it is shuffled already
             return super().fit(data, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -470,7 +474,9 @@ class LanguageModel(keras.Model):
         return super().predict(*args, **kwargs)
 
     @contextmanager
-    def _prepare_steps(self, data: Any, callbacks: Any) -> Iterator[Any]:
+    def _prepare_steps(
+        self, data: Any, callbacks: Any, shuffle: bool
+    ) -> Iterator[Any]:
         """Sets up what `fit` says of datasets and of several steps at once."""
         steps = self._asked_steps or 1
         is_sliced = getattr(data, "is_sliced", False)
@@ -485,7 +491,7 @@ class LanguageModel(keras.Model):
                 self._text_of = data.token_ids
                 self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
-            data = RowStarts(data)
+            data = feed(RowStarts(data), shuffle=shuffle)
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:
             yield data

@@ -309,6 +309,18 @@ def make_train_function(model: Any) -> Any:
     """
 
 
+def feed(dataset: Any, *, shuffle: bool) -> Any:
+    """What `fit` takes for a dataset of small arrays; here itself.
+
+    Args:
+        dataset: A `keras.utils.PyDataset` whose items are one array each, of
+            one shape.
+        shuffle: Whether the order of the batches is new in every epoch, where
+            Keras does not see to that.
+    """
+    return dataset
+
+
 def check_rows(batch: Any, rows: int) -> None:
     """Fails when the step runs with another number of rows.
 
