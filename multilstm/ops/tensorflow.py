@@ -295,13 +295,16 @@ def _read_chunks(
             places, is_here = _places(targets, first, logits.shape[1])
             chosen += tf.gather_nd(logits, places) * is_here
             new_largest = tf.maximum(largest, tf.reduce_max(logits, 1))
-            exponentials = tf.exp(logits - new_largest[:, None])
+            # Last, so that it takes the place of the logits in memory.
+            with tf.control_dependencies([chosen, new_largest]):
+                exponentials = tf.exp(logits - new_largest[:, None])
             total = total * tf.exp(largest - new_largest)
             total += tf.reduce_sum(exponentials, 1)
             largest = new_largest
     log_total = largest + tf.math.log(total)
     if len(starts) == 1:
-        exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
+        with tf.control_dependencies([total]):
+            exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
         exponentials = tf.cast(exponentials, features.dtype)
     return total, log_total, chosen, exponentials
 
