@@ -280,6 +280,9 @@ def _product(left: Any, right: Any) -> Any:
     speed of oneDNN, which is in PyTorch too; on Intel's they are equal.
     """
     if left.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # Of a matrix with gaps between its rows oneDNN takes minutes.
+        if not (right.is_contiguous() or right.T.is_contiguous()):
+            right = right.contiguous()
         return torch.ops.mkldnn._linear_pointwise(
             left, right.T, None, "none", [], ""
         )
