@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
 from jax.experimental import rnn
 
@@ -190,12 +191,7 @@ def linear_cross_entropy(
     *,
     max_logits_bytes: int | None = None,
 ) -> Any:
-    """As `reference.linear_cross_entropy`, in chunks of the vocabulary.
-
-    What is one chunk keeps, for the way back, its exponentials less their sum
-    at the targets: times `upstream / sum` they are the gradient of the logits,
-    so that no softmax is made again. More chunks are computed again.
-    """
+    """As `reference.linear_cross_entropy`, in chunks of the vocabulary."""
     shape = targets.shape
     targets = targets.reshape(-1)
     if weights is not None:
@@ -377,11 +373,17 @@ def make_train_function(model: Any) -> Any:
         for group in _equal_shapes(batches):
             # Filled up to the size that the program is compiled for.
             filled = group + group[-1:] * (num_steps - len(group))
-            stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *filled)
+            stack = jax.tree.map(_stack, *filled)
             logs, state = run(state, model.text, stack, len(group))
         return logs, state
 
     return train_function
+
+
+def _stack(*arrays: Any) -> Any:
+    """Arrays in one, those of the host in one transfer to the device."""
+    on_device = isinstance(arrays[0], jax.Array)
+    return jnp.stack(arrays) if on_device else np.stack(arrays)
 
 
 def _equal_shapes(batches: list[Any]) -> Iterator[list[Any]]:

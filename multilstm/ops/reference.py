@@ -191,6 +191,11 @@ def linear_cross_entropy(
     needs to hold more than a chunk of them: a part of the vocabulary at a
     time, in one chunk where that fits.
 
+    Where an implementation has one chunk it keeps, for the way back, the
+    exponentials less their sum at the targets: times `upstream / sum` they are
+    the gradient of the logits, so that no softmax is made again. More chunks
+    are computed again.
+
     Args:
         features: Tensor of shape `(..., features)`.
         kernel: Shape `(features, vocabulary)`.

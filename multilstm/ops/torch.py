@@ -169,12 +169,7 @@ def linear_cross_entropy(
     *,
     max_logits_bytes: int | None = None,
 ) -> Any:
-    """As `reference.linear_cross_entropy`, in chunks of the vocabulary.
-
-    What is one chunk keeps, for the way back, its exponentials less their sum
-    at the targets: times `upstream / sum` they are the gradient of the logits,
-    so that no softmax is made again. More chunks are computed again.
-    """
+    """As `reference.linear_cross_entropy`, in chunks of the vocabulary."""
     shape = targets.shape
     targets = targets.reshape(-1).long()
     if weights is not None:
