@@ -588,7 +588,7 @@ def test_mixed_precision_trains_on_the_fast_kernel(rng):
     assert ops.last_kernel() in (
         "jax: scan",
         "torch: onednn",
-        "tensorflow: xla loop",
+        "tensorflow: loop",
     )
 
 

@@ -331,7 +331,7 @@ def test_kernel_that_ran_is_named_after_it_ran(rng, monkeypatch):
         == {
             "jax": "jax: scan",
             "torch": "torch: onednn",
-            "tensorflow": "tensorflow: xla loop",
+            "tensorflow": "tensorflow: loop",
         }[BACKEND]
     )
     run(reference.lstm, arguments)
@@ -772,12 +772,12 @@ def test_gradient_of_a_tied_kernel_is_that_of_its_table(rng):
     [
         (6, 11, 10**6, 11),
         (6, 11, 4 * 6 * 11, 11),
-        (6, 11, 4 * 6 * 11 - 1, 6),
+        (6, 11, 4 * 6 * 11 - 1, 2),  # 48 bytes of 65
         (6, 11, 1, 1),
-        (600, 250_000, 200 * 10**6, 83_334),
+        (600, 250_000, 200 * 10**6, 20_834),  # twelve
     ],
 )
-def test_chunks_are_the_fewest_that_fit(
+def test_chunks_are_one_that_fits_or_the_largest_of_which_four_fit(
     num_tokens, vocabulary_size, max_bytes, size
 ):
     assert reference.chunk_size(num_tokens, vocabulary_size, max_bytes) == size

@@ -221,9 +221,17 @@ def linear_cross_entropy(
 def chunk_size(
     num_tokens: int, vocabulary_size: int, max_logits_bytes: int
 ) -> int:
-    """The largest equal parts of a vocabulary whose logits fit the bytes."""
-    num_chunks = -(-4 * num_tokens * vocabulary_size // max_logits_bytes)
-    return -(-vocabulary_size // min(max(num_chunks, 1), vocabulary_size))
+    """The whole vocabulary where its logits fit the bytes, else equal parts.
+
+    Beside the logits of a part there are, not much smaller, its weights,
+    their gradient and a copy on the way: together they fit the bytes.
+    """
+    bytes_of_a_word = 4 * num_tokens
+    if vocabulary_size * bytes_of_a_word <= max_logits_bytes:
+        return vocabulary_size
+    largest = max(max_logits_bytes // 4 // bytes_of_a_word, 1)
+    num_chunks = -(-vocabulary_size // largest)
+    return -(-vocabulary_size // num_chunks)
 
 
 def default_logits_bytes(device_memory: int | None = None) -> int:

@@ -1,9 +1,9 @@
-"""TensorFlow: cuDNN on a GPU; elsewhere the recurrence compiled by XLA.
+"""TensorFlow: cuDNN on a GPU; elsewhere a loop with a gradient of our own.
 
-TensorFlow's own loop costs more for each step's small operations than for its
-product; XLA makes one function of a step. The large products are faster
-outside of it. The gradient is written by hand: the loop back leaves only the
-gates' gradients, and each weight's gradient is one product after it.
+The loop back leaves only the gates' gradients, and each weight's gradient is
+one product after it. What is needed for a gradient alone waits for it, and a
+weight's gradient comes after the last use of the weight: TensorFlow starts
+what it can, and keeps what it made.
 """
 
 from functools import partial
@@ -97,12 +97,7 @@ def _cudnn(
 def _loop(
     x: Any, h0: Any, c0: Any, kernel: Any, recurrent: Any, bias: Any
 ) -> tuple[Any, Any, Any]:
-    eager = tf.executing_eagerly()
-    note_kernel("tensorflow: eager loop" if eager else "tensorflow: xla loop")
-    # One call does not pay for compiling; a step that is traced is run often.
-    forward, backward = (
-        (_forward, _backward) if eager else (_compiled_forward, _compiled_back)
-    )
+    note_kernel("tensorflow: loop")
 
     @tf.custom_gradient
     def run(
@@ -114,28 +109,34 @@ def _loop(
             tf.nn.bias_add(tf.matmul(flat, kernel), bias),
             tf.concat([tf.shape(inputs)[:2], [kernel.shape[1]]], 0),
         )
-        hs, cs, gates = forward(projected, h0, c0, recurrent)
+        hs, cs, gates = _forward(projected, h0, c0, recurrent)
 
         def gradient(dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
-            h_before = tf.concat([h0[None], hs[:-1]], 0)
-            c_before = tf.concat([tf.cast(c0[None], cs.dtype), cs[:-1]], 0)
-            d_gates, dh0, dc0 = backward(
+            with tf.control_dependencies([dy]):  # else at the step's start
+                h_before = tf.concat([h0[None], hs[:-1]], 0)
+                c_before = tf.concat([tf.cast(c0[None], cs.dtype), cs[:-1]], 0)
+                recurrent_transposed = tf.transpose(recurrent)
+            d_gates, dh0, dc0 = _backward(
                 _time_first(dy),
                 dh,
                 dc,
                 gates,
                 cs,
                 c_before,
-                tf.transpose(recurrent),
+                recurrent_transposed,
             )
             d_flat = tf.reshape(d_gates, (-1, kernel.shape[1]))
             h_flat = tf.reshape(h_before, (-1, recurrent.shape[0]))
             dx = tf.matmul(d_flat, kernel, transpose_b=True)
+            # Once a weight's gradient is there, nothing may read the weight:
+            # an optimizer would copy it instead of writing in its place.
+            with tf.control_dependencies([dx]):
+                d_kernel = tf.matmul(flat, d_flat, transpose_a=True)
             return (
                 _time_first(tf.reshape(dx, tf.shape(inputs))),
                 dh0,
                 dc0,
-                tf.matmul(flat, d_flat, transpose_a=True),
+                d_kernel,
                 tf.matmul(h_flat, d_flat, transpose_a=True),
                 tf.reduce_sum(d_flat, 0),
             )
@@ -218,10 +219,6 @@ def _backward(
         ),
     )
     return array.stack(), tf.cast(dh0, dh.dtype), tf.cast(dc0, dc.dtype)
-
-
-_compiled_forward = tf.function(_forward, autograph=False, jit_compile=True)
-_compiled_back = tf.function(_backward, autograph=False, jit_compile=True)
 
 
 def linear_cross_entropy(
@@ -309,11 +306,12 @@ def _gradients(
 ) -> tuple[Any, ...]:
     """Of features, kernel and bias from `errors * scale`, the logits'."""
     scale = tf.cast(scale, errors.dtype)
-    return (
-        tf.matmul(errors, kernel, transpose_b=True) * scale,
-        tf.matmul(features * scale, errors, transpose_a=True),
-        tf.cast(tf.matmul(scale, errors, transpose_a=True)[0], bias.dtype),
-    )
+    d_features = tf.matmul(errors, kernel, transpose_b=True) * scale
+    # Last, for the same reason as in the LSTM.
+    with tf.control_dependencies([d_features]):
+        d_kernel = tf.matmul(features * scale, errors, transpose_a=True)
+    d_bias = tf.cast(tf.matmul(scale, errors, transpose_a=True)[0], bias.dtype)
+    return d_features, d_kernel, d_bias
 
 
 def _gradients_of_chunks(
@@ -325,12 +323,12 @@ def _gradients_of_chunks(
     log_total: Any,
     upstream: Any,
 ) -> tuple[Any, ...]:
-    d_features = tf.zeros_like(features)
-    d_kernel: list[Any] = []
+    d_features, d_kernel = tf.zeros_like(features), None
     d_bias = []
     for first in starts:
         part = slice(first, first + starts.step)
-        with tf.control_dependencies([d_features, *d_kernel[-1:]]):
+        done = [d_features] if d_kernel is None else [d_features, d_kernel]
+        with tf.control_dependencies(done):
             logits = _logits(features, kernel, bias, first, starts.step)
             places, is_here = _places(targets, first, logits.shape[1])
             errors = tf.exp(logits - log_total[:, None])
@@ -343,9 +341,26 @@ def _gradients_of_chunks(
                 upstream[:, None],
             )
             d_features += features_part
-            d_kernel.append(kernel_part)
+            d_kernel = _put(d_kernel, kernel_part, first, kernel.shape)
             d_bias.append(bias_part)
-    return d_features, tf.concat(d_kernel, 1), tf.concat(d_bias, 0)
+    return d_features, d_kernel, tf.concat(d_bias, 0)
+
+
+def _put(whole: Any, part: Any, first: int, shape: Any) -> Any:
+    """Columns into a matrix, in place; None for one that is not there yet.
+
+    Of the operations that update a part this one alone writes in place and
+    is known to XLA. Zeros to start with would be kept as a constant.
+    """
+    if whole is None:
+        return tf.pad(part, [(0, 0), (0, shape[1] - part.shape[1])])
+    return tf.raw_ops.TensorStridedSliceUpdate(
+        input=whole,
+        begin=(0, first),
+        end=(shape[0], first + part.shape[1]),
+        strides=(1, 1),
+        value=part,
+    )
 
 
 def _logits(
