@@ -2,12 +2,12 @@
 
 nox                    lint, types and the tests of the three backends
 nox -s train-jax       trains; what follows -- goes to `multilstm train`
+nox -s bench           times a training step on all three, in turns
 nox -s compare         the same preset from the same weights on all three
 nox -s coverage        the tests, and what they covered on all three together
 """
 
 import os
-from pathlib import Path
 
 import nox
 
@@ -75,25 +75,18 @@ for _backend in BACKENDS:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Times each backend whose test or train environment is there."""
+    install(session, "-e", ".", group="")
+    sizes = () if session.posargs else ("--batch-size", "20,64")
+    session.run("multilstm", "bench", *sizes, *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Trains on each backend whose test or train environment is there."""
     install(session, "-e", ".", group="")
-    pythons = []
-    for backend in BACKENDS:
-        found = [
-            path
-            for kind in ("train", "test")
-            for name in ("bin/python", "Scripts/python.exe")
-            if (path := Path(".nox") / f"{kind}-{backend}" / name).exists()
-        ]
-        if found:
-            pythons += ["--python", f"{backend}={found[0].absolute()}"]
-        else:
-            session.log(
-                f"{backend} is left out, it has no environment yet: make it "
-                f"with nox -s test-{backend} --install-only"
-            )
-    session.run("multilstm", "compare", *pythons, *session.posargs)
+    session.run("multilstm", "compare", *session.posargs)
 
 
 @nox.session(requires=[f"test-{backend}" for backend in BACKENDS])

@@ -774,7 +774,7 @@ def test_gradient_of_a_tied_kernel_is_that_of_its_table(rng):
         (6, 11, 4 * 6 * 11, 11),
         (6, 11, 4 * 6 * 11 - 1, 2),  # 48 bytes of 65
         (6, 11, 1, 1),
-        (600, 250_000, 200 * 10**6, 20_834),  # twelve
+        (600, 250_000, 200 * 10**6, 19_231),  # 13: a 12th is a little too large
     ],
 )
 def test_chunks_are_one_that_fits_or_the_largest_of_which_four_fit(

@@ -1,20 +1,11 @@
 """Times a whole training step of ours against what others would run.
 
-For each shape of network, in each framework:
-
-    ours             multilstm.LanguageModel under `fit`
-    stock_tutorial   the classic tutorial's layers in stock Keras: softmax
-                     and accuracy over all words (targets are ids already)
-    stock_competent  stock Keras as its guides advise: logits, no metric
-    native           the framework's own loop, no Keras (`native_loops.py`)
-    native_compiled  the same under torch.compile, or under XLA; on JAX the
-                     cuDNN LSTM
-
-All start from the same weights and see the same batches, and their losses
-after a few steps on one batch must agree before times are compared. What is
-timed is a window of steps: it ends when the device is done, it includes the
-batches' way to the device and, with Keras, the start of a `fit`. So on a GPU
-make windows long: `--steps 100`. Compilation and a first window come before.
+The variants are those of `multilstm/benchmark.py`. All start from the same
+weights and see the same batches, and their losses after a few steps on one
+batch must agree before times are compared. What is timed is a window of steps:
+it ends when the device is done, it includes the batches' way to the device
+and, with Keras, the start of a `fit`. So on a GPU make windows long: `--steps
+100`. Compilation and a first window come before.
 
 One process holds one framework, and `KERAS_BACKEND` says which:
 
@@ -33,68 +24,31 @@ GPU a product may be so small that its launch takes longer.)
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import native_loops
 import numpy as np
 
+from multilstm.benchmark import (
+    CHECK_STEPS,
+    KERAS_VARIANTS,
+    Shape,
+    Worker,
+    WorkerError,
+)
 from multilstm.errors import UserError
 from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.selection import BACKENDS, parse_pythons, select_backend
+from multilstm.workers import WorkerProcess
 
 SCHEMA = "multilstm.lstm_step/1"
-KERAS_VARIANTS = ("ours", "stock_tutorial", "stock_competent")
 VARIANTS = (*KERAS_VARIANTS, "native", "native_compiled")
 PRECISIONS = ("float32", "tf32", "bfloat16")
-CHECK_STEPS = 5
 # Seen on a CPU: 3e-6 in float32, 7e-4 in bfloat16; 3e-4 for the tutorial's
 # softmax, which Keras clips. A swapped gate or a lost bias gives 2e-3 or more.
 LOSS_TOLERANCE = 1e-3
-PRODUCT_SECONDS = 0.2  # of plain products in each round
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes of a network and of its batches."""
-
-    name: str
-    units: Sequence[int]
-    embedding_dim: int
-    batch_size: int
-    sequence_length: int
-    vocabulary_size: int = 10_000
-    tied: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.sequence_length
-
-    @property
-    def step_flops(self) -> int:
-        """Of all products; the backward pass has two for each forward."""
-        forward, features = 0, self.embedding_dim
-        for units in self.units:
-            forward += 2 * self.tokens * (features + units) * 4 * units
-            features = units
-        return 3 * (forward + 2 * self.tokens * features * self.vocabulary_size)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: LSTM {'+'.join(map(str, self.units))}, embedding "
-            f"{self.embedding_dim}{' tied' * self.tied}, batch "
-            f"{self.batch_size}, length {self.sequence_length}, vocabulary "
-            f"{self.vocabulary_size:,}"
-        )
 
 
 SHAPES = {
@@ -106,314 +60,6 @@ SHAPES = {
         Shape("tiny", (16, 16), 16, 4, 5, 50),
     )
 }
-
-
-class WorkerError(Exception):
-    """What a worker could not do, in one line."""
-
-
-def our_model(shape: Shape) -> Any:
-    import keras
-
-    from multilstm import LanguageModel
-
-    model = LanguageModel(
-        shape.vocabulary_size,
-        units=shape.units,
-        embedding_dim=shape.embedding_dim,
-        tied_embeddings=shape.tied,
-    )
-    model.build((shape.batch_size, shape.sequence_length))
-    model.compile(keras.optimizers.Adam(1e-3))
-    return model
-
-
-def stock_model(shape: Shape, *, as_tutorial: bool) -> Any:
-    import keras
-    from keras import layers
-
-    embedding = layers.Embedding(shape.vocabulary_size, shape.embedding_dim)
-    projection = layers.Dense(shape.vocabulary_size)
-    if shape.tied:
-        projection = tied_projection(embedding)
-    if as_tutorial:
-        projection = layers.TimeDistributed(projection)
-    model = keras.Sequential(
-        [
-            layers.Input((shape.sequence_length,), dtype="int32"),
-            embedding,
-            *(layers.LSTM(u, return_sequences=True) for u in shape.units),
-            projection,
-            *([layers.Activation("softmax")] if as_tutorial else []),
-        ]
-    )
-    model.compile(
-        keras.optimizers.Adam(1e-3),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=not as_tutorial),
-        metrics=["accuracy"] if as_tutorial else None,
-    )
-    return model
-
-
-def tied_projection(embedding: Any) -> Any:
-    import keras
-
-    class TiedProjection(keras.layers.Layer):
-        def build(self, features_shape: tuple) -> None:
-            self.bias = self.add_weight(shape=(embedding.input_dim,))
-
-        def call(self, features: Any) -> Any:
-            table = keras.ops.cast(embedding.embeddings, self.compute_dtype)
-            kernel = keras.ops.transpose(table)
-            return keras.ops.matmul(features, kernel) + self.bias
-
-        def compute_output_shape(self, features_shape: tuple) -> tuple:
-            return (*features_shape[:-1], embedding.input_dim)
-
-    return TiedProjection()
-
-
-def keras_loop(shape: Shape, variant: str, weights: list) -> tuple[str, Any]:
-    """As `native_loop`; the loss is a mean over the batches."""
-    import keras
-
-    if variant == "ours":
-        model = our_model(shape)
-    else:
-        model = stock_model(shape, as_tutorial=variant == "stock_tutorial")
-    model.set_weights(weights)
-
-    def train(window: Any) -> float:
-        history = model.fit(window, shuffle=False, verbose=0)
-        keras.ops.convert_to_numpy(model.trainable_variables[-1])  # waits
-        return history.history["loss"][-1]
-
-    return "keras.layers.LSTM", train
-
-
-def our_kernel() -> str:
-    """The implementation that ran last."""
-    from multilstm import ops
-
-    return str(ops.last_kernel())
-
-
-class Worker:
-    """The framework of this process, and the variants that it holds.
-
-    What `ask` can be asked for are the methods. They take and give what JSON
-    can hold, so that it may as well be asked through a pipe.
-    """
-
-    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        gc.collect()
-        try:
-            return getattr(self, method)(**arguments)
-        except (native_loops.AbsentError, ImportError) as error:
-            raise WorkerError(str(error)) from error
-        except Exception as error:
-            traceback.print_exc()
-            line = next(iter(str(error).strip().splitlines()), "")
-            reason = f"{type(error).__name__}: {line}"[:160]
-            raise WorkerError(reason) from error
-
-    def start(self, precision: str) -> dict[str, Any]:
-        """Imports the framework; says what it is and on what it runs."""
-        # Several frameworks may share one GPU.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import keras
-
-        from multilstm import ops
-
-        self.precision = precision
-        self.backend = keras.config.backend()
-        native_loops.set_precision(self.backend, precision)
-        self.dtype = "bfloat16" if precision == "bfloat16" else "float32"
-        modules = ("multilstm", "keras", "numpy", self.backend)
-        return {
-            "device": ops.device_name(),
-            "gpu": native_loops.has_gpu(self.backend),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: sys.modules[name].__version__ for name in modules},
-            },
-            "product_error": self.product_error(),
-        }
-
-    def tensors(self, *arrays: np.ndarray) -> list[Any]:
-        from keras import ops
-
-        return [ops.convert_to_tensor(array, self.dtype) for array in arrays]
-
-    def product_error(self) -> float:
-        """Of a product of 1024 rows: the proof of the precision in use."""
-        from keras import ops
-
-        a, b = normal((1024, 1024), (1024, 1024))
-        product = ops.cast(ops.matmul(*self.tensors(a, b)), "float32")
-        exact = a.astype(np.float64) @ b.astype(np.float64)
-        error = ops.convert_to_numpy(product) - exact
-        return float(np.linalg.norm(error) / np.linalg.norm(exact))
-
-    def prepare(self, steps: int, **sizes: Any) -> dict[str, Any]:
-        """Forgets the variants and makes data and weights for others."""
-        import keras
-
-        from multilstm import NextWordWindows
-
-        self.loops: dict[str, Any] = {}
-        self.product: Any = None
-        keras.utils.clear_session(free_memory=True)  # and the dtype policy
-        if self.dtype == "bfloat16":
-            keras.config.set_dtype_policy("mixed_bfloat16")
-        self.sizes = shape = Shape(**sizes)
-        self.weights = native_loops.draw_weights(shape)
-        token_ids = np.random.default_rng(3).integers(
-            shape.vocabulary_size, size=steps * shape.tokens + 1, dtype=np.int32
-        )
-        self.window_of_one, self.window = (
-            NextWordWindows(ids, shape.sequence_length, shape.batch_size)
-            for ids in (token_ids[: shape.tokens + 1], token_ids)
-        )
-        return {}
-
-    def make(self, variant: str) -> tuple[str, Any]:
-        """The name of a variant's LSTM, and `train(window) -> loss`."""
-        if variant in KERAS_VARIANTS:
-            import keras
-
-            assert keras.config.dtype_policy().compute_dtype == self.dtype
-            return keras_loop(self.sizes, variant, self.weights)
-        kernel, train = native_loops.native_loop(
-            self.backend,
-            self.sizes,
-            self.weights,
-            precision=self.precision,
-            compiled=variant == "native_compiled",
-        )
-        return kernel, lambda window: train(
-            map(window.__getitem__, range(len(window)))
-        )
-
-    def build(self, variant: str) -> dict[str, Any]:
-        """Makes a variant, checks its losses and warms it up."""
-        began = time.perf_counter()
-        kernel, train = self.make(variant)
-        losses = [train(self.window_of_one)]
-        compiled = time.perf_counter()
-        # The loss is that before a step: one more gives the last step's.
-        losses += [train(self.window_of_one) for _ in range(CHECK_STEPS)]
-        checked = time.perf_counter()
-        train(self.window)
-        self.loops[variant] = train
-        return {
-            "kernel": our_kernel() if variant == "ours" else kernel,
-            "losses": losses,
-            "compile_time_seconds": round(compiled - began, 3),
-            "warm_up_seconds": round(time.perf_counter() - checked, 3),
-        }
-
-    def time_window(self, variant: str) -> dict[str, Any]:
-        began = time.perf_counter()
-        self.loops[variant](self.window)
-        return {"seconds": time.perf_counter() - began}
-
-    def time_product(self) -> dict[str, Any]:
-        """GFLOP/s of the largest product of a step, alone."""
-        from keras import ops
-
-        units, words = self.sizes.units[-1], self.sizes.vocabulary_size
-        if self.product is None:
-            sizes = (self.sizes.tokens, units), (units, words)
-            self.product = self.tensors(*normal(*sizes))
-
-        def seconds(repetitions: int) -> float:
-            began = time.perf_counter()
-            for _ in range(repetitions):
-                product = ops.matmul(*self.product)
-            ops.convert_to_numpy(ops.cast(product[:1], "float32"))  # waits
-            return time.perf_counter() - began
-
-        seconds(2)  # compiles
-        repetitions = max(3, int(PRODUCT_SECONDS / seconds(1)))
-        flops = 2 * self.sizes.tokens * units * words * repetitions
-        return {self.backend: flops / seconds(repetitions) / 1e9}
-
-    def measure_memory(self, variant: str) -> dict[str, Any]:
-        """Of one window in a process that has done nothing else."""
-        before = resident_mb("VmRSS")
-        _, train = self.make(variant)
-        train(self.window)
-        gpu_bytes = native_loops.gpu_peak_bytes(self.backend)
-        peak = resident_mb("VmHWM")
-        return {
-            "peak_mb": peak,
-            "peak_over_start_mb": round(peak - before, 1),
-            "gpu_peak_mb": gpu_bytes and round(gpu_bytes / 1e6, 1),
-        }
-
-
-def normal(*sizes: tuple[int, ...]) -> list[np.ndarray]:
-    rng = np.random.default_rng(2)
-    return [rng.standard_normal(size, np.float32) for size in sizes]
-
-
-def resident_mb(field: str) -> float:
-    """This process's memory: `VmRSS` is what it has, `VmHWM` the most it had.
-
-    `getrusage` counts in the peak of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.split(f"{field}:")[1].split()[0]) * 1.024e-3, 1)
-
-
-class WorkerProcess:
-    """A `Worker` behind a pipe: a JSON line for each question and answer."""
-
-    def __init__(self, python: str, backend: str) -> None:
-        self.process = subprocess.Popen(
-            [python, __file__, "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"KERAS_BACKEND": backend},
-        )
-
-    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        question = json.dumps([method, arguments])
-        try:
-            print(question, file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            status = self.process.wait()
-            raise WorkerError(f"its process has ended with status {status}")
-        answer = json.loads(answer)
-        if "failure" in answer:
-            raise WorkerError(answer["failure"])
-        return answer
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-
-
-def serve() -> None:
-    """Answers the questions on stdin; all else that is printed is stderr's."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        method, arguments = json.loads(line)
-        try:
-            answer = worker.ask(method, **arguments)
-        except WorkerError as failure:
-            answer = {"failure": str(failure)}
-        print(json.dumps(answer), file=answers, flush=True)
 
 
 @dataclasses.dataclass
@@ -732,9 +378,7 @@ def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
 def main() -> None:
     options = parse_arguments()
     try:
-        if options.worker:
-            serve()
-        elif options.markdown:
+        if options.markdown:
             print(markdown(options.markdown))
         else:
             run(options)
@@ -745,7 +389,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="See the head of this file for what the variants are.",
+        epilog="multilstm/benchmark.py says what the variants are.",
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
@@ -763,7 +407,6 @@ def parse_arguments() -> argparse.Namespace:
         add(f"--{size}", type=positive, help="instead of the shapes' own")
     add("--vocabulary-size", type=positive)
     add("--units", type=positive, nargs="+", metavar="UNITS")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

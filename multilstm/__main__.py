@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, generate, corpus, compare.
+"""The command line: one class of options and one function a command.
 
 Arguments are read, the backend is chosen, and only then Keras is imported.
 """
@@ -17,12 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from multilstm.errors import UserError
-from multilstm.files import finite_or_none
+from multilstm.files import finite_or_none, write_json
 from multilstm.presets import find_preset
-from multilstm.selection import compare, parse_pythons, select_backend
+from multilstm.selection import (
+    compare,
+    find_pythons,
+    parse_pythons,
+    select_backend,
+    valid_choice,
+    write_keras_json,
+)
 
 UnknownWords = Literal["error", "drop"]
 Run = Annotated[Path, tyro.conf.Positional]
+Dtype = Literal["float32", "tf32", "bfloat16"]
+Pythons = tyro.conf.UseAppendAction[tuple[str, ...]]
 BackendName = Literal["jax", "torch", "tensorflow"]
 
 
@@ -39,7 +48,8 @@ class OnBackend(Common):
     """What every command takes that computes with a model."""
 
     backend: BackendName | None = None
-    """Default: KERAS_BACKEND, keras.json, the first that is installed."""
+    """Default: KERAS_BACKEND, what `multilstm choose` found, keras.json, the
+    first that is installed."""
     data: Path | None = None
     """Folder with downloaded corpora. Default: MULTILSTM_DATA."""
 
@@ -149,9 +159,9 @@ class Compare(Common):
 
     out: Path = Path("runs/compare")
     """Folder for the runs; runs that are there are gone on with."""
-    python: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    python: Pythons = ()
     """BACKEND=PATH of the Python that has it, several times. Default: this
-    Python, with every backend it has."""
+    Python and the environments of nox, with every backend they have."""
     preset: str | None = None
     """As of train."""
     corpus: str | None = None
@@ -162,6 +172,82 @@ class Compare(Common):
     """As of train."""
     data: Path | None = None
     """As of train."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Measure(Common):
+    """What the commands take that time training steps."""
+
+    preset: str | None = None
+    """Its sizes are timed, its dropout is not. Default: tutorial."""
+    units: int | None = None
+    """Of each LSTM layer. Default: the preset's, as for all sizes."""
+    layers: int | None = None
+    """Number of LSTM layers."""
+    embedding_dim: int | None = None
+    """Size of a word's vector."""
+    sequence_length: int | None = None
+    """Words in a row."""
+    vocabulary_size: int | None = None
+    """Number of words. Default: 10,000."""
+    dtype: Dtype = "float32"
+    """Of the products."""
+    rounds: int = 7
+    """Windows of each backend, in turns."""
+    steps: int | None = None
+    """Training steps in a window. Default: 8, on a GPU 100."""
+    timeout: float = 600
+    """Seconds that a backend may take for one of its tasks."""
+    python: Pythons = ()
+    """BACKEND=PATH of the Python that has it, several times. Default: this
+    Python and the environments of nox, with every backend they have."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Bench(Measure):
+    """Time training steps on every backend."""
+
+    batch_size: str | None = None
+    """Rows a batch; several with commas: 20,64,128."""
+    model: Path | None = None
+    """A Keras model of your own, MODEL.keras, to train on random numbers."""
+    peers: bool = False
+    """Time stock Keras and each framework's own loop as well."""
+    out: Path = Path("runs/bench")
+    """Folder for bench.json and report.html, .md and .png."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Choose(Measure):
+    """Find the fastest backend and keep it as the default of `train`."""
+
+    batch_size: int | None = None
+    """Rows a batch."""
+    again: bool = False
+    """Measure even where a choice is kept that still holds."""
+    write_keras_json: bool = False
+    """Make it Keras's own default too."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Doctor(Common):
+    """Say what is installed, what it sees and which LSTM runs on it."""
+
+    timeout: float = 120
+    """Seconds that a backend may take for one of its tasks."""
+    python: Pythons = ()
+    """BACKEND=PATH of the Python that has it, several times. Default: this
+    Python and the environments of nox, with every backend they have."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Report(Common):
+    """Make one report of the results of several runs or machines."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files of `bench` and `compare`."""
+    out: Path = Path("runs/report")
+    """Folder for report.html, .md and .png."""
 
 
 def run_train(options: Train, console: Console) -> dict[str, Any]:
@@ -312,9 +398,7 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name}", str(value)]
-    comparison = compare(
-        parse_pythons(options.python), arguments, out=options.out
-    )
+    comparison = compare(_pythons(options), arguments, out=options.out)
     console.print(comparison_table(comparison["results"]))
     if not comparison["same_initial_weights"]:
         console.print("The initial weights were not the same.", style="red")
@@ -360,6 +444,143 @@ def comparison_table(results: dict[str, Any]) -> Table:
     return table
 
 
+def run_bench(options: Bench, console: Console) -> dict[str, Any]:
+    from multilstm.bench import bench
+    from multilstm.report import bench_tables, write_report
+
+    result = bench(
+        _pythons(options),
+        _shapes(options, _batch_sizes(options.batch_size)),
+        model=options.model,
+        peers=options.peers,
+        **_how_to_measure(options, console),
+    )
+    for table in bench_tables(result):
+        console.print(table)
+    _print_verdicts(result, console)
+    write_json(options.out / "bench.json", finite_or_none(result))
+    write_report([result], options.out)
+    console.print(f"{options.out / 'bench.json'}, report.html, .md and .png")
+    if not any(record.get("agrees") for record in result["results"]):
+        raise UserError("No backend gave a time that counts; see the table.")
+    return result
+
+
+def run_choose(options: Choose, console: Console) -> dict[str, Any]:
+    from multilstm.bench import bench, choose
+    from multilstm.report import bench_tables
+
+    batch_sizes = (options.batch_size,) if options.batch_size else ()
+    [shape] = _shapes(options, batch_sizes)
+    pythons = _pythons(options)
+    choice = None
+    if not options.again:
+        choice, why_not = valid_choice(
+            dataclasses.asdict(shape), options.dtype, pythons
+        )
+        console.print(why_not or "kept from before; --again measures anew")
+    if choice is None:
+        result = bench(pythons, [shape], **_how_to_measure(options, console))
+        for table in bench_tables(result):
+            console.print(table)
+        choice = choose(result)
+    equal = choice["equal_within_noise"]
+    console.print(
+        f"{choice['backend']} on {choice['device']}, {choice['shape_line']}"
+        + (
+            f" (equal within noise: {', '.join(equal)}; it compiles fastest)"
+            if equal
+            else ""
+        ),
+        style="bold",
+    )
+    if options.write_keras_json:
+        console.print(f"written to {write_keras_json(choice['backend'])}")
+    return choice
+
+
+def run_doctor(options: Doctor, console: Console) -> dict[str, Any]:
+    from multilstm.doctor import doctor
+    from multilstm.report import doctor_lines
+
+    result = doctor(
+        _pythons(options), timeout=options.timeout, tell=_telling(console)
+    )
+    advice = [f"- {line}" for line in result["advice"]]
+    for line in [*doctor_lines(result), "", "What to do", *advice]:
+        console.print(_plain(line))
+    return result
+
+
+def run_report(options: Report, console: Console) -> dict[str, Any]:
+    from multilstm.report import read_results, write_report
+
+    paths = write_report(read_results(options.results), options.out)
+    for path in paths:
+        console.print(str(path))
+    return {"paths": [str(path) for path in paths]}
+
+
+def _pythons(options: Compare | Measure | Doctor) -> dict[str, Path]:
+    return parse_pythons(options.python) if options.python else find_pythons()
+
+
+def _how_to_measure(options: Measure, console: Console) -> dict[str, Any]:
+    if options.rounds < 1 or (options.steps or 1) < 1 or options.timeout <= 0:
+        raise UserError(
+            "--rounds, --steps and --timeout must be positive; received "
+            f"{options.rounds}, {options.steps} and {options.timeout:g}."
+        )
+    return {
+        "dtype": options.dtype,
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "timeout": options.timeout,
+        "tell": _telling(console),
+    }
+
+
+def _shapes(options: Measure, batch_sizes: Sequence[int]) -> list[Any]:
+    from multilstm.bench import make_shapes
+
+    names = "units layers embedding_dim sequence_length vocabulary_size"
+    return make_shapes(
+        preset=options.preset,
+        batch_sizes=batch_sizes,
+        **{name: getattr(options, name) for name in names.split()},
+    )
+
+
+def _batch_sizes(text: str | None) -> list[int]:
+    """Reads "20,64,128"."""
+    parts = text.split(",") if text else []
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(
+            "--batch-size needs whole numbers with commas between, as "
+            f"20,64,128; received {text!r}."
+        )
+    return [int(part) for part in parts]
+
+
+def _telling(console: Console) -> Callable[[str], None]:
+    """Progress on stderr: stdout is for what was found."""
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    return lambda line: progress.print(_plain(line), style="dim")
+
+
+def _print_verdicts(result: dict[str, Any], console: Console) -> None:
+    from multilstm.bench import by_shape, fastest
+
+    for title, records in by_shape(result["results"]).items():
+        first = [f"{r['backend']}" for r in fastest(records)]
+        if len(first) > 1:
+            said = f"equal within noise: {', '.join(first)}; {first[0]} "
+            said += "compiles fastest"
+        else:
+            said = f"fastest: {first[0]}" if first else "nothing to rank"
+        console.print(_plain(f"{title}: {said}"))
+
+
 COMMANDS: dict[type, Callable[[Any, Console], dict[str, Any]]] = {
     Train: run_train,
     Evaluate: run_evaluate,
@@ -367,6 +588,10 @@ COMMANDS: dict[type, Callable[[Any, Console], dict[str, Any]]] = {
     Generate: run_generate,
     Corpus: run_corpus,
     Compare: run_compare,
+    Bench: run_bench,
+    Choose: run_choose,
+    Doctor: run_doctor,
+    Report: run_report,
 }
 
 
@@ -387,7 +612,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if isinstance(options, OnBackend):
-            backend, reason = select_backend(options.backend)
+            shape = _shape_of(options) if isinstance(options, Train) else None
+            backend, reason = select_backend(options.backend, shape)
             console.print(f"backend: {backend} ({reason})")
         record = COMMANDS[type(options)](options, console)
     except UserError as error:
@@ -404,6 +630,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"go on with: {_command_to_go_on(options, record)}"
         )
     return 0
+
+
+def _shape_of(options: Train) -> dict[str, Any]:
+    """The sizes for which a backend may have been chosen."""
+    preset = find_preset(options.preset or "small")
+    return {
+        "units": [preset.units] * preset.num_layers,
+        "batch_size": options.batch_size or preset.batch_size,
+        "sequence_length": options.sequence_length or preset.sequence_length,
+        "vocabulary_size": options.max_vocabulary or 10_000,
+    }
 
 
 def _command_to_go_on(options: Train, record: dict[str, Any]) -> str:

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import TextIO, get_args
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
-from multilstm.files import read_or_explain
+from multilstm.files import cache_folder, read_or_explain
 from multilstm.vocabulary import (
     END_OF_SENTENCE,
     UnknownWords,
@@ -331,7 +330,7 @@ def _python_docs() -> dict[str, _Lines]:
 
 def _find_ptb(data_folder: Path | str | None) -> dict[str, _TextFile]:
     """The three files of Penn Treebank, downloaded if need be."""
-    root = data_folder or os.environ.get("MULTILSTM_DATA") or _cache_folder()
+    root = data_folder or os.environ.get("MULTILSTM_DATA") or cache_folder()
     folder = Path(root).expanduser() / "ptb"
     texts = {split: _TextFile(folder / f"ptb.{split}.txt") for split in SPLITS}
     for text in texts.values():
@@ -378,13 +377,6 @@ _Texts = Mapping[str, _TextFile | _Lines]
 _Store = Callable[[str, int, Iterator[NDArray[np.int32]]], None]
 
 
-def _cache_folder() -> Path:
-    """`MULTILSTM_CACHE`, else the user's cache folder of this system."""
-    chosen = os.environ.get("MULTILSTM_CACHE")
-    root = chosen or platformdirs.user_cache_dir("multilstm")
-    return Path(root).expanduser()
-
-
 def _load_encoded(
     name: str,
     texts: _Texts,
@@ -395,7 +387,7 @@ def _load_encoded(
     sha256 = {split: text.sha256 for split, text in texts.items()}
     options = (SCHEMA, sha256, min_count, max_vocabulary, unknown)
     key = hashlib.sha256(repr(options).encode()).hexdigest()[:32]
-    folder = _cache_folder() / "encoded" / key
+    folder = cache_folder() / "encoded" / key
     try:
         if folder.is_dir():
             return _read_cache(name, folder, sha256)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from multilstm.errors import UserError
 
 
@@ -89,6 +91,13 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
         raise UserError(
             f"{path} cannot be read, it is broken or of another kind: {error}"
         ) from error
+
+
+def cache_folder() -> Path:
+    """`MULTILSTM_CACHE`, else the user's cache folder of this system."""
+    named = os.environ.get("MULTILSTM_CACHE")
+    root = named or platformdirs.user_cache_dir("multilstm")
+    return Path(root).expanduser()
 
 
 def _umask() -> int:

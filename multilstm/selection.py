@@ -4,15 +4,19 @@ Each backend runs in a process of its own, since Keras takes one for good when
 it is imported. So nothing here imports Keras.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multilstm.choices import find_choice, shape_class, why_stale
+from multilstm.devices import device_and_driver
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, write_json
 
@@ -25,15 +29,36 @@ def is_installed(backend: str) -> bool:
     return importlib.util.find_spec(backend) is not None
 
 
-def select_backend(asked: str | None = None) -> tuple[str, str]:
+def installed_versions(backend: str) -> dict[str, str]:
+    """Versions of what decides a backend's speed, without importing it."""
+    distributions = {"tensorflow": ("tensorflow", "tensorflow-cpu")}
+    names = distributions.get(backend, (backend,))
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("multilstm", "keras", "numpy")
+    }
+    for name in names:
+        try:
+            found[backend] = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def select_backend(
+    asked: str | None = None, shape: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
     """Takes a backend for this process and sets `KERAS_BACKEND` to it.
 
-    In this order: the one asked for, `KERAS_BACKEND`, Keras's own
-    `keras.json` where it names one that is installed, the first of jax,
-    torch, tensorflow that is installed.
+    In this order: the one asked for, `KERAS_BACKEND`, the one that
+    `multilstm choose` found fastest on this device with these versions,
+    Keras's own `keras.json` where it names one that is installed, the first
+    of jax, torch, tensorflow that is installed.
 
     Args:
         asked: What `--backend` said.
+        shape: Sizes of what is to be trained, for which a choice was made.
 
     Returns:
         The backend, and why it was taken.
@@ -42,7 +67,7 @@ def select_backend(asked: str | None = None) -> tuple[str, str]:
         UserError: If it is unknown or not installed, if none is, or if
             `keras.json` is broken.
     """
-    backend, reason = _first_named(asked)
+    backend, reason = _first_named(asked, shape)
     if backend not in BACKENDS:
         raise UserError(
             f"A backend is one of {', '.join(BACKENDS)}; {reason} says "
@@ -59,21 +84,125 @@ def select_backend(asked: str | None = None) -> tuple[str, str]:
     return backend, reason
 
 
-def _first_named(asked: str | None) -> tuple[str, str]:
+def _first_named(
+    asked: str | None, shape: Mapping[str, Any] | None
+) -> tuple[str, str]:
     if asked:
         return asked, "--backend"
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"], "KERAS_BACKEND"
+    chosen, said = _chosen(shape)
+    if chosen:
+        return chosen, said
+    backend, reason = _named_by_keras_or_installed()
+    return backend, f"{reason}; {said}" if said else reason
+
+
+def _chosen(shape: Mapping[str, Any] | None) -> tuple[str | None, str]:
+    """The cached choice and what it is; or None and why it does not hold."""
+    device, driver = device_and_driver()
+    choice = find_choice(device, shape=shape)
+    if choice is None:
+        return None, ""
+    here = [name for name in choice["ranking"] if is_installed(name)]
+    if not here:
+        return None, ""
+    backend = here[0]
+    stale = why_stale(choice, backend, driver, installed_versions(backend))
+    if stale:
+        return None, (
+            f"the choice of {choice['backend']} is stale, {stale}: run "
+            "multilstm choose"
+        )
+    said = f"multilstm choose, {choice['made'][:10]}, on {choice['shape_line']}"
+    if backend != choice["backend"]:
+        said += f"; {choice['backend']} was faster and is not installed here"
+    return backend, said
+
+
+def valid_choice(
+    shape: Mapping[str, Any], dtype: str, pythons: Mapping[str, Path]
+) -> tuple[dict[str, Any] | None, str]:
+    """The choice kept for this very class of shapes, if it still holds.
+
+    Args:
+        shape: Sizes.
+        dtype: Of the products.
+        pythons: For each backend the Python that has it: a choice among
+            others does not hold.
+
+    Returns:
+        The choice and an empty string, or None and why there is none.
+    """
+    device, driver = device_and_driver()
+    choice = find_choice(device, dtype, shape)
+    if choice is None or choice["shape_class"] != shape_class(shape):
+        return None, "nothing chosen yet for this device and shape"
+    if set(choice["examined"]) != set(pythons):
+        return None, "the last choice was among other backends"
+    for backend in choice["ranking"]:
+        versions = versions_in(pythons[backend], backend)
+        stale = why_stale(choice, backend, driver, versions)
+        if stale:
+            return None, f"the last choice is stale: {stale}"
+    return choice, ""
+
+
+def versions_in(python: Path, backend: str) -> dict[str, str]:
+    """`installed_versions` of another Python."""
+    if python == Path(sys.executable):
+        return installed_versions(backend)
+    program = (
+        "import json; from multilstm.selection import installed_versions as v;"
+        f"print(json.dumps(v({backend!r})))"
+    )
+    done = subprocess.run(
+        [str(python), "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        return {}
+    versions: dict[str, str] = json.loads(done.stdout)
+    return versions
+
+
+def keras_json() -> Path:
+    """Where Keras keeps its own default."""
     home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    path = home / "keras.json"
+    return home / "keras.json"
+
+
+def write_keras_json(backend: str) -> Path:
+    """Makes a backend Keras's own default; other settings there stay.
+
+    Raises:
+        UserError: If the file is there and is not a JSON object.
+    """
+    path = keras_json()
+    settings = _read_keras_json(path) if path.exists() else {}
+    write_json(path, {**settings, "backend": backend})
+    return path
+
+
+def _read_keras_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError(f"it is {type(settings).__name__}")
+    except ValueError as error:
+        raise UserError(
+            f"{path} must be a JSON object; it is not: {error}. Mend or "
+            "remove it, or name a backend with --backend."
+        ) from error
+    return settings
+
+
+def _named_by_keras_or_installed() -> tuple[str, str]:
+    path = keras_json()
     if path.exists():
-        try:
-            named = json.loads(path.read_bytes()).get("backend")
-        except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} must be a JSON object; it is not: {error}. Mend or "
-                "remove it, or name a backend with --backend."
-            ) from error
+        named = _read_keras_json(path).get("backend")
         # Keras writes this file itself, with the default "tensorflow".
         if named and (named not in BACKENDS or is_installed(named)):
             return named, str(path)
@@ -85,6 +214,21 @@ def _first_named(asked: str | None) -> tuple[str, str]:
         "install 'multilstm[jax]' (or multilstm[torch], "
         "multilstm[tensorflow])."
     )
+
+
+def find_pythons() -> dict[str, Path]:
+    """For each backend a Python that has it: this one, or one of nox.
+
+    The environments of nox are looked for in the folder one is in.
+    """
+    pythons = parse_pythons(())
+    for backend in BACKENDS:
+        for kind in ("train", "test"):
+            for name in ("bin/python", "Scripts/python.exe"):
+                path = Path(".nox") / f"{kind}-{backend}" / name
+                if path.exists():
+                    pythons.setdefault(backend, path.absolute())
+    return pythons
 
 
 def parse_pythons(pythons: Sequence[str]) -> dict[str, Path]:

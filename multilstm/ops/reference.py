@@ -1,12 +1,11 @@
 """The operations in `keras.ops`: any backend, and the oracle for the others."""
 
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from keras import ops
 
+from multilstm.devices import processor_name
 from multilstm.ops.evidence import note_kernel
 
 Weights = tuple[Any, Any, Any]
@@ -350,9 +349,4 @@ def sync_variables(model: Any) -> None:
 
 def device_name() -> str:
     """The processor's name, where no framework knows of a better device."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()

@@ -1,7 +1,7 @@
 """Training loops as the users of each framework write them, without Keras.
 
-All that `lstm_step.py` knows of a framework is here. Each loop takes a shape
-and initial weights in Keras's layout and gives
+All that a benchmark knows of a framework is here. Each loop takes a shape and
+initial weights in Keras's layout and gives
 
     train(batches) -> the loss of the last batch, when the device is done
 
@@ -65,6 +65,17 @@ def draw_weights(shape: Any) -> list[np.ndarray]:
     return [*weights, draw(words, scale=0.5)]
 
 
+def draw_token_ids(shape: Any, steps: int) -> np.ndarray:
+    """Words for so many steps; those of the first step are always the same."""
+    drawn = [
+        np.random.default_rng([3, step]).integers(
+            shape.vocabulary_size, size=shape.tokens, dtype=np.int32
+        )
+        for step in range(steps + 1)
+    ]
+    return np.concatenate(drawn)[: steps * shape.tokens + 1]
+
+
 def split_weights(shape: Any, weights: Sequence) -> tuple[Any, list, Any, Any]:
     """The same weights by place; the last kernel may be None."""
     end = 1 + 3 * len(shape.units)
@@ -111,6 +122,63 @@ def has_gpu(backend: str) -> bool:
     import tensorflow as tf
 
     return bool(tf.config.list_logical_devices("GPU"))
+
+
+def describe_precision(backend: str) -> dict[str, Any]:
+    """How a framework multiplies float32 as it comes."""
+    if backend == "torch":
+        import torch
+
+        return {
+            "matmul": torch.get_float32_matmul_precision(),
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        }
+    if backend == "jax":
+        import jax
+
+        return {"matmul": jax.config.jax_default_matmul_precision or "default"}
+    import tensorflow as tf
+
+    tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+    return {"tf32": tf32}
+
+
+def list_devices(backend: str) -> list[str]:
+    """What a framework sees to compute on."""
+    if backend == "torch":
+        import torch
+
+        count = torch.cuda.device_count()
+        names = [torch.cuda.get_device_name(k) for k in range(count)]
+        return names or ["cpu"]
+    if backend == "jax":
+        import jax
+
+        return [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
+    import tensorflow as tf
+
+    return [device.name for device in tf.config.list_logical_devices()]
+
+
+def list_libraries(backend: str) -> dict[str, str | None]:
+    """The CUDA and cuDNN that a framework was built with or has loaded."""
+    if backend == "torch":
+        import torch
+
+        cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+        return {"cuda": torch.version.cuda, "cudnn": cudnn and str(cudnn)}
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        built = tf.sysconfig.get_build_info()
+        return {
+            "cuda": built.get("cuda_version"),
+            "cudnn": built.get("cudnn_version"),
+        }
+    import jax
+
+    said = jax.local_devices()[0].client.platform_version.splitlines()
+    return {"platform": said[0] if said else None}
 
 
 def set_precision(backend: str, precision: str) -> None:

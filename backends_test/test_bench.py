@@ -1,0 +1,649 @@
+"""Benchmarks: who is ranked, what is caught, and that no one harms another."""
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from multilstm import bench as bench_module
+from multilstm import choices, devices, selection
+from multilstm.__main__ import main
+from multilstm.bench import (
+    BENCH_SCHEMA,
+    bench,
+    choose,
+    first_batch,
+    first_loss,
+    judge,
+    make_shapes,
+    rank,
+)
+from multilstm.benchmark import Shape, Worker, WorkerError, load_model
+from multilstm.doctor import advise, doctor
+from multilstm.errors import UserError
+from multilstm.native_loops import draw_weights
+from multilstm.selection import select_backend, valid_choice
+
+BACKEND = keras.config.backend()
+TINY = Shape("tiny", (6, 6), 6, 3, 4, 20)
+
+
+def script(folder, name, code):
+    """A program to be taken for a Python that has a backend."""
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+    return path
+
+
+# Processes that only pretend to be frameworks.
+
+PRETEND = """
+import json, os, signal, sys, time
+time_of_a_window, fault = {seconds}, {fault!r}
+losses = [2.99573, 2.9, 2.8, 2.7, 2.6, 2.5]
+answers = {{
+    "start": dict(gpu=False, product_error=2e-7, versions=dict(keras="3")),
+    "build": dict(kernel="k", losses=losses, compile_time_seconds=1.0),
+    "peak_memory": dict(peak_memory_mb=100.0, peak_device_memory_mb=None),
+}}
+for line in sys.stdin:
+    method, arguments = json.loads(line)
+    answer = answers.get(method, {{}})
+    if method == "time_window":
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hangs":
+            time.sleep(60)
+        if fault == "ends":
+            sys.exit("RuntimeError: the device is gone")
+        if fault == "babbles":
+            print("hello", flush=True)
+            continue
+        with open({log!r}, "a") as log:
+            print(os.environ["KERAS_BACKEND"], file=log)
+        answer = dict(seconds=time_of_a_window, joules={joules})
+    if method == "build" and fault == "raises":
+        answer = dict(failure="ValueError: no such kernel")
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """Makes pretended Pythons; `pretend.log` tells whose windows were timed."""
+    monkeypatch.setattr(bench_module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(bench_module, "first_loss", lambda shape: 2.99573)
+
+    class Pretend:
+        log = tmp_path / "log"
+
+        def __call__(self, seconds, fault=None, joules=None):
+            code = PRETEND.format(
+                seconds=seconds,
+                fault=fault,
+                joules=joules,
+                log=str(self.log),
+            )
+            name = f"python-{seconds}-{fault}"
+            return script(tmp_path, name, code)
+
+    return Pretend()
+
+
+def rows(result):
+    return {record["backend"]: record for record in result["results"]}
+
+
+def test_windows_take_turns_and_the_fastest_is_first(pretend):
+    pythons = {
+        "jax": pretend(0.2),
+        "torch": pretend(0.1, joules=7.2),
+        "tensorflow": pretend(0.4),
+    }
+    result = bench(pythons, [TINY], rounds=3, steps=2)
+    assert pretend.log.read_text().split() == ["jax", "torch", "tensorflow"] * 3
+    found = rows(result)
+    assert [found[name]["rank"] for name in pythons] == [2, 1, 3]
+    jax = found["jax"]
+    # 0.2 s for two steps of three rows of four words.
+    assert jax["step_time_ms"] == dict.fromkeys(
+        ("median", "p20", "p80", "min"), 100.0
+    )
+    assert jax["tokens_per_second"] == 120.0
+    assert jax["joules_per_million_tokens"] is None
+    # 7.2 J for 24 words.
+    assert found["torch"]["joules_per_million_tokens"] == 300_000.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("raises", "ValueError: no such kernel"),
+        ("killed", "ended by SIGKILL, perhaps for memory"),
+        ("hangs", "no answer to 'time_window' within 3 s"),
+        ("ends", "status 1: RuntimeError: the device is gone"),
+        ("babbles", "what it answered is no JSON: 'hello'"),
+    ],
+)
+def test_one_that_fails_is_a_row_with_its_reason(pretend, fault, reason):
+    pythons = {"jax": pretend(0.2), "torch": pretend(0.1, fault)}
+    result = bench(pythons, [TINY, TINY], rounds=2, steps=2, timeout=3)
+    records = result["results"]
+    for of_shape in (records[:3], records[3:]):
+        found = rows({"results": of_shape})
+        assert reason in found["torch"]["reason"]
+        assert found["torch"]["rank"] is None
+        assert found["jax"]["rank"] == 1
+        assert (
+            "pip install 'multilstm[tensorflow]'"
+            in (found["tensorflow"]["reason"])
+        )
+
+
+def test_python_that_cannot_be_run_is_a_row(pretend, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("no program")
+    result = bench({"jax": pretend(0.2), "torch": broken}, [TINY], rounds=1)
+    assert "cannot be run" in rows(result)["torch"]["reason"]
+    assert rows(result)["jax"]["rank"] == 1
+
+
+def test_nothing_to_run_is_refused():
+    with pytest.raises(UserError, match="needs at least one backend"):
+        bench({}, [TINY])
+
+
+# The gate
+
+
+def timed(backend="jax", windows=(10.0, 10.0, 10.0), **about):
+    """A record as `bench` makes them, for a step of 12 words."""
+    median = float(np.median(windows))
+    return {
+        "backend": backend,
+        "variant": "ours",
+        "shape": dataclasses.asdict(TINY),
+        "dtype": "float32",
+        "installed": True,
+        "versions": {"keras": "3.15.1"},
+        "kernel": f"{backend}: loop",
+        "losses": [3.0, 2.9, 2.8, 2.7, 2.6, 2.5],
+        "product_error": 2e-7,
+        "compile_time_seconds": 1.0,
+        "peak_memory_mb": 500.0,
+        "peak_device_memory_mb": None,
+        "joules_per_million_tokens": None,
+        "windows_ms": list(windows),
+        "step_time_ms": dict.fromkeys(("median", "p20", "p80", "min"), median),
+        "tokens_per_second": 12_000 / median,
+        "agrees": True,
+        "disagrees": None,
+        "rank": None,
+        **about,
+    }
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, 2.51]}, "from the median"),
+        ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, float("nan")]}, "median"),
+        ({"product_error": 3e-4}, "not float32"),
+    ],
+)
+def test_other_numbers_are_shown_and_not_ranked(about, said):
+    others = [timed("jax"), timed("torch")]
+    wrong = timed("tensorflow", windows=(1.0, 1.0, 1.0), **about)
+    judge([*others, wrong], 3.0, "float32")
+    rank([*others, wrong])
+    assert said in wrong["disagrees"]
+    assert wrong["rank"] is None
+    assert [record["agrees"] for record in others] == [True, True]
+
+
+def test_one_alone_is_held_against_numpy():
+    record = timed()
+    judge([record], 3.0 * 1.002, "float32")
+    assert "its first loss is 2.0e-03 from NumPy's" in record["disagrees"]
+
+
+def test_of_two_that_differ_neither_is_ranked():
+    """Nobody can say which is wrong."""
+    records = [timed(), timed("torch", losses=[3.0, *[2.0] * 5])]
+    judge(records, None, "float32")
+    assert [record["agrees"] for record in records] == [False, False]
+
+
+def test_losses_of_random_layers_are_not_compared():
+    records = [
+        timed(is_random=True),
+        timed("torch", losses=[3.0, *[2.0] * 5], is_random=True),
+    ]
+    judge(records, None, "float32")
+    assert [record["agrees"] for record in records] == [True, True]
+
+
+def test_backends_within_noise_share_a_rank_and_compile_time_decides():
+    records = [
+        timed("jax", windows=(10, 11, 12), compile_time_seconds=9.0),
+        timed("torch", windows=(10.3, 11.2, 12.4)),  # 2 % slower
+        timed("tensorflow", windows=(11, 12.1, 13.2)),  # 10 % slower
+    ]
+    rank(records)
+    assert [record["rank"] for record in records] == [1, 1, 3]
+    first = bench_module.fastest(records)
+    assert [record["backend"] for record in first] == ["torch", "jax"]
+
+
+def test_windows_are_compared_within_their_round():
+    """A machine that slows down hits all alike and hides no difference."""
+    records = [
+        timed("jax", windows=(10, 20, 40)),
+        timed("torch", windows=(11, 22, 44)),
+    ]
+    rank(records)
+    assert [record["rank"] for record in records] == [1, 2]
+
+
+# Real processes. The names of all three backends run the one that is here.
+
+REAL = """
+import os
+os.environ["KERAS_BACKEND"] = {backend!r}
+from multilstm import benchmark
+from multilstm.model import LanguageModel
+set_weights = LanguageModel.set_weights
+
+def swap_gates(model, weights):
+    def swapped(weight):
+        i, f, rest = (weight[..., 6 * k : 6 * (k + 1)] for k in range(3))
+        return benchmark.np.concatenate([f, i, weight[..., 12:]], -1)
+    lstms = [swapped(weight) for weight in weights[1:7]]
+    set_weights(model, [weights[0], *lstms, *weights[7:]])
+
+def lose_bias(model, weights):
+    weights = list(weights)
+    weights[3] = 0 * weights[3]
+    set_weights(model, weights)
+
+LanguageModel.set_weights = {fault}
+benchmark.serve()
+"""
+
+
+def test_gate_catches_wrong_gates_and_a_lost_bias_by_numpy(tmp_path):
+    faults = {
+        "jax": "set_weights",
+        "torch": "swap_gates",
+        "tensorflow": "lose_bias",
+    }
+    pythons = {
+        name: script(
+            tmp_path, f"real-{name}", REAL.format(backend=BACKEND, fault=fault)
+        )
+        for name, fault in faults.items()
+    }
+    result = bench(pythons, [TINY], rounds=1, steps=2)
+    found = rows(result)
+    assert "from NumPy's" in found["torch"]["disagrees"]
+    assert "from NumPy's" in found["tensorflow"]["disagrees"]
+    right = found["jax"]
+    # The median of all is among three of which two are wrong.
+    assert "NumPy" not in (right["disagrees"] or "")
+    assert right["kernel"].startswith(f"{BACKEND}: ")
+    assert right["peak_memory_mb"] > 50
+    np.testing.assert_allclose(right["losses"][0], first_loss(TINY), rtol=1e-5)
+    json.dumps(result, allow_nan=False)
+
+
+def test_first_loss_is_that_of_the_batch_a_worker_checks(rng):
+    worker = Worker()
+    worker.start("float32")
+    for shape in (TINY, Shape("tied", (5, 6), 6, 3, 4, 20, tied=True)):
+        worker.prepare(steps=2, **dataclasses.asdict(shape))
+        inputs, targets = worker.window_of_one[0]
+        expected_inputs, expected_targets = first_batch(shape)
+        np.testing.assert_array_equal(inputs, expected_inputs)
+        np.testing.assert_array_equal(targets, expected_targets)
+        loss = worker.build("ours")["losses"][0]
+        np.testing.assert_allclose(first_loss(shape), loss, rtol=1e-5)
+
+
+def test_rounded_products_are_not_taken_for_float32(monkeypatch):
+    """With the ten bits of a TF32 number."""
+    worker = Worker()
+    assert worker.start("float32")["product_error"] < 1e-5
+    exact = worker.tensors
+
+    def rounded(*arrays):
+        bits = [array.view(np.uint32) & 0xFFFFE000 for array in arrays]
+        return exact(*(array.view(np.float32) for array in bits))
+
+    monkeypatch.setattr(worker, "tensors", rounded)
+    assert worker.product_error() > 1e-4
+
+
+# Models of one's own
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    path = tmp_path / "model.keras"
+    keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(11, 4),
+            keras.layers.LSTM(5, return_sequences=True),
+            keras.layers.Dense(2),
+        ]
+    ).save(path)
+    return path
+
+
+def test_own_model_is_timed_as_it_is_and_accelerated(own_model, tmp_path):
+    code = REAL.format(backend=BACKEND, fault="set_weights")
+    pythons = {BACKEND: script(tmp_path, "real", code)}
+    result = bench(pythons, [TINY], model=own_model, rounds=1, steps=2)
+    found = {
+        record["variant"]: record
+        for record in result["results"]
+        if record["backend"] == BACKEND
+    }
+    assert list(found) == ["as_it_is", "accelerated"]
+    for record in found.values():
+        assert record["agrees"], record
+    assert found["accelerated"]["kernel"].startswith(f"{BACKEND}: ")
+    assert result["model"] == "model.keras"
+
+
+def test_models_that_could_run_code_are_refused(tmp_path):
+    path = tmp_path / "lambda.keras"
+    keras.Sequential(
+        [keras.Input((2,)), keras.layers.Lambda(lambda x: x + 1)]
+    ).save(path)
+    with pytest.raises(UserError, match="Lambda layers"):
+        load_model(path)
+    with pytest.raises(UserError, match=r"needs a file MODEL\.keras"):
+        load_model(tmp_path / "model.h5")
+    broken = tmp_path / "broken.keras"
+    broken.write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(broken)
+
+
+def test_models_larger_than_allowed_are_refused(own_model, monkeypatch):
+    monkeypatch.setattr("multilstm.benchmark.MODEL_FILE_LIMIT", 100)
+    with pytest.raises(UserError, match="at most 100 are read"):
+        load_model(own_model)
+
+
+def test_worker_tells_failures_in_a_line():
+    with pytest.raises(WorkerError, match="needs a file"):
+        Worker().ask(
+            "prepare_model",
+            path="nowhere",
+            steps=1,
+            batch_size=1,
+            sequence_length=1,
+        )
+
+
+# Shapes
+
+
+def test_shapes_are_those_of_presets_with_sizes_changed():
+    [shape] = make_shapes()
+    assert str(shape) == (
+        "tutorial: LSTM 500+500, embedding 500, batch 20, length 30, "
+        "vocabulary 10,000"
+    )
+    small, large = make_shapes(
+        preset="zaremba_medium", batch_sizes=[4, 8], units=7, layers=1
+    )
+    assert (small.units, small.embedding_dim, small.batch_size) == ((7,), 7, 4)
+    assert large == dataclasses.replace(small, batch_size=8)
+    with pytest.raises(UserError, match="`units` must be a whole number"):
+        make_shapes(units=0)
+    with pytest.raises(UserError, match="`batch_size` must be"):
+        make_shapes(batch_sizes=[0])
+
+
+def test_weights_are_large_enough_for_a_lost_bias_to_be_seen():
+    biases = [weight for weight in draw_weights(TINY) if weight.ndim == 1]
+    assert all(np.abs(bias).max() > 0.3 for bias in biases)
+
+
+# The choice
+
+
+@pytest.fixture
+def result(monkeypatch):
+    """A benchmark in which this backend was second to one not installed."""
+    monkeypatch.setattr(devices, "device_and_driver", lambda: ("Chip", None))
+    monkeypatch.setattr(selection, "device_and_driver", lambda: ("Chip", None))
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    absent = next(name for name in selection.BACKENDS if name != BACKEND)
+    monkeypatch.setattr(selection, "is_installed", BACKEND.__eq__)
+    records = [
+        timed(absent, windows=(1.0, 1.0, 1.0)),
+        timed(BACKEND, versions=selection.installed_versions(BACKEND)),
+    ]
+    rank(records)
+    return {
+        "schema": BENCH_SCHEMA,
+        "device": "Chip",
+        "driver": None,
+        "dtype": "float32",
+        "model": None,
+        "protocol": {"rounds": 3},
+        "results": records,
+    }
+
+
+def test_choice_is_kept_and_taken_where_nothing_else_names_one(result):
+    choice = choose(result)
+    absent = choice["backend"]
+    assert absent != BACKEND
+    assert choice["ranking"] == [absent, BACKEND]
+    kept = json.loads(Path(choice["path"]).read_text())
+    assert kept["schema"] == choices.CHOICE_SCHEMA
+    backend, reason = select_backend(None, dataclasses.asdict(TINY))
+    assert backend == BACKEND
+    assert reason.startswith("multilstm choose, ")
+    assert f"{absent} was faster and is not installed here" in reason
+    assert os.environ["KERAS_BACKEND"] == BACKEND
+    # What the user says comes first, and now KERAS_BACKEND is set.
+    assert select_backend()[1] == "KERAS_BACKEND"
+    assert select_backend(BACKEND)[1] == "--backend"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"driver": "580.1"}, "driver was 580.1 and is None"),
+        ({"versions": {"keras": "3.0"}}, "keras was 3.0 and is 3"),
+    ],
+)
+def test_changed_driver_or_version_makes_a_choice_stale(result, change, said):
+    if "driver" in change:
+        result["driver"] = change["driver"]
+    else:
+        result["results"][1] |= change
+    choose(result)
+    _, reason = select_backend()
+    assert said in reason
+    assert "run multilstm choose" in reason
+    shape = dataclasses.asdict(TINY)
+    assert valid_choice(shape, "float32", {})[0] is None
+
+
+def test_choice_for_another_device_is_not_taken(result):
+    choose({**result, "device": "Another"})
+    assert "choose" not in select_backend()[1]
+
+
+def test_nearest_class_of_shapes_is_taken(result):
+    for batch_size in (2, 32):
+        shape = dataclasses.asdict(
+            dataclasses.replace(TINY, batch_size=batch_size)
+        )
+        for record in result["results"]:
+            record["shape"] = shape
+        choose(result)
+    wanted = dataclasses.asdict(dataclasses.replace(TINY, batch_size=24))
+    assert "batch 32" in select_backend(None, wanted)[1]
+
+
+def test_nothing_that_passed_cannot_be_chosen(result):
+    for record in result["results"]:
+        record |= {"rank": None, "agrees": False, "disagrees": "it is wrong"}
+    with pytest.raises(UserError, match="it is wrong"):
+        choose(result)
+
+
+def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):
+    threads = [
+        threading.Thread(target=choose, args=(result,)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [path] = (own_cache / "choices").iterdir()
+    assert choices.find_choice("Chip")["ranking"][1] == BACKEND
+    assert path.name == "chip-float32-2x8-batch4-length4-words16.json"
+
+
+def test_broken_choice_is_passed_over(result, own_cache):
+    Path(choose(result)["path"]).write_text("{")
+    assert choices.find_choice("Chip") is None
+
+
+def test_keras_json_keeps_its_other_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    path = tmp_path / "keras.json"
+    assert selection.write_keras_json("torch") == path
+    path.write_text('{"floatx": "float32", "backend": "jax"}')
+    selection.write_keras_json("torch")
+    assert json.loads(path.read_text()) == {
+        "floatx": "float32",
+        "backend": "torch",
+    }
+    path.write_text("[]")
+    with pytest.raises(UserError, match="must be a JSON object"):
+        selection.write_keras_json("torch")
+    assert path.read_text() == "[]"
+
+
+# The doctor
+
+
+def test_doctor_tries_the_kernel_that_really_runs(tmp_path):
+    pythons = {BACKEND: sys.executable}
+    found = doctor(pythons)
+    assert json.loads(json.dumps(found)) == found
+    for record in found["backends"]:
+        if record["backend"] != BACKEND:
+            assert not record["installed"]
+            assert "pip install" in record["reason"]
+            continue
+        assert record["fast"], record
+        assert record["correct"], record
+        assert record["kernel"].startswith(f"{BACKEND}: ")
+        assert record["versions"]["keras"] == keras.__version__
+    assert found["advice"][-1].endswith("multilstm choose")
+
+
+def test_doctor_says_what_to_do():
+    healthy = {
+        "backend": "jax",
+        "installed": True,
+        "kernel": "jax: scan",
+        "correct": True,
+        "fast": True,
+        "gpu": False,
+        "times_reference": 2.0,
+        "output_error": 1e-6,
+        "gradient_error": 1e-6,
+        "notes": [],
+    }
+    wrong = healthy | {"backend": "torch", "correct": False, "output_error": 1}
+    slow = healthy | {
+        "backend": "tensorflow",
+        "kernel": "reference: scan",
+        "fast": False,
+        "notes": ["No kernel for float64."],
+    }
+    gpu_unseen, told_wrong, told_slow, _ = advise(
+        [healthy, wrong | {"gpu": True}, slow | {"gpu": True}], "580.1"
+    )
+    assert "jax does not see the GPU" in gpu_unseen
+    assert "torch: its LSTM differs" in told_wrong
+    assert "ran reference: scan" in told_slow
+    assert "No kernel for float64." in told_slow
+    broken = {"backend": "jax", "installed": True, "reason": "ImportError"}
+    assert advise([broken], None)[0] == "jax does not work: ImportError"
+    none = {"backend": "jax", "installed": False}
+    assert advise([none], None) == [
+        "Install a backend: pip install 'multilstm[jax]'"
+    ]
+
+
+# The command
+
+
+def test_commands_bench_choose_and_report(pretend, tmp_path, capsys):
+    python = ["--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "2"]
+    bench_out, report_out = tmp_path / "bench", tmp_path / "report"
+    sizes = ["--batch-size", "2,4"]
+    status = main(["bench", *python, *sizes, "--out", str(bench_out), "--json"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    record = json.loads(printed.out.splitlines()[-1])
+    assert json.loads((bench_out / "bench.json").read_text()) == record
+    assert f"fastest: {BACKEND}" in printed.out
+    assert len(record["results"]) == 6
+    file = str(bench_out / "bench.json")
+    assert main(["report", file, file, "--out", str(report_out)]) == 0
+    made = {path.name for path in report_out.iterdir()}
+    assert made == {"report.html", "report.md", "report.png"}
+    status = main(["choose", *python, "--json"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    choice = json.loads(printed.out.splitlines()[-1])
+    assert choice["backend"] == BACKEND
+
+
+def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multilstm.__main__.write_json", full)
+    python = ["--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "1"]
+    assert main(["bench", *python, "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err.splitlines()[-1]
+    assert f"fastest: {BACKEND}" in printed.out  # not lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--batch-size", "20;64"], "--batch-size needs whole"),
+        (["bench", "--rounds", "0"], "must be positive"),
+        (["bench", "--units", "-1"], "`units` must be"),
+        (["choose", "--preset", "nothing"], "nothing"),
+        (["report", "nowhere.json"], "nowhere.json is needed"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(arguments, said, capsys):
+    assert main(arguments) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line

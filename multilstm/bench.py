@@ -1,0 +1,505 @@
+"""Which backend trains fastest here: rounds of windows that take turns.
+
+Every backend and every peer runs in a process of its own. All begin with the
+same weights and see the same batches. What computes something else, by its
+losses, is shown and not ranked; what fails is shown with its reason, and the
+others go on.
+"""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multilstm import devices, native_loops
+from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
+from multilstm.choices import save_choice, shape_class
+from multilstm.errors import UserError
+from multilstm.presets import find_preset
+from multilstm.selection import BACKENDS
+from multilstm.workers import WorkerProcess
+
+BENCH_SCHEMA = "multilstm-bench-1"
+DTYPES = ("float32", "tf32", "bfloat16")
+PEERS = ("stock_competent", "native")
+
+# Of a loss, relative, between two ways to compute the same. Seen on a CPU
+# after five steps: 3e-6 in float32, 7e-4 in bfloat16. Before any step a lost
+# bias or a swapped gate changes it by 2e-3 or more.
+LOSS_TOLERANCE = 1e-3
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "tf32": 1e-3, "bfloat16": 1e-3}
+# Of a product of 1024 rows. Seen: 2e-7 in float32; TF32 gives 3e-4.
+PRODUCT_TOLERANCE = {"float32": 1e-5, "tf32": 1e-2, "bfloat16": 1e-1}
+
+# Differences below this are not told apart: as much a machine drifts from one
+# run to the next, and nobody should change backends for less.
+NOISE = 0.05
+# Threads of some frameworks spin for a fifth of a second after their work.
+PAUSE_SECONDS = 0.3
+
+
+@dataclasses.dataclass
+class Row:
+    """One backend and one way to train with it; what is known so far."""
+
+    backend: str
+    variant: str
+    worker: Any = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step_ms: list[float] = dataclasses.field(default_factory=list)
+    joules: list[float] = dataclasses.field(default_factory=list)
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Asks the worker; gives nothing from the first failure on."""
+        if self.worker is None or not self.runs:
+            return {}
+        try:
+            answer: dict[str, Any] = self.worker.ask(method, **arguments)
+        except WorkerError as failure:
+            self.about["reason"] = str(failure)
+            return {}
+        return answer
+
+    @property
+    def runs(self) -> bool:
+        """Whether nothing has failed."""
+        return "reason" not in self.about
+
+
+def bench(
+    pythons: Mapping[str, Path],
+    shapes: Sequence[Shape],
+    *,
+    model: Path | None = None,
+    dtype: str = "float32",
+    peers: bool = False,
+    rounds: int = 5,
+    steps: int | None = None,
+    timeout: float = 600,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Times training steps of every backend, in turns.
+
+    Args:
+        pythons: For each backend the Python that has it. A backend that is
+            not among them is a row that says how to install it.
+        shapes: Sizes of networks and batches; with `model` those of batches.
+        model: A `.keras` file to train instead.
+        dtype: Of the products: `"float32"`, `"tf32"` or `"bfloat16"`.
+        peers: Whether to time stock Keras and the framework's own loop too.
+        rounds: Windows of each row.
+        steps: Training steps in a window. Default: 8, on a GPU 100.
+        timeout: Seconds that a process may take for one of its tasks.
+        tell: Hears what is being done.
+
+    Returns:
+        `schema`, `device`, `driver`, `dtype`, `protocol` and `results`, a
+        record for each shape, backend and peer; `rank` is 1 for the fastest
+        of ours that passed the gate, None for what is not ranked.
+
+    Raises:
+        UserError: If no backend can be run at all.
+    """
+    if not pythons:
+        raise UserError(
+            "A benchmark needs at least one backend and none is installed. "
+            "Install one with: pip install 'multilstm[jax]'"
+        )
+    ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
+    if peers and not model:
+        ways += PEERS
+    device, driver = devices.device_and_driver()
+    results: list[dict[str, Any]] = []
+    with ExitStack() as closed_at_end:
+        rows = []
+        for way in ways:
+            for backend in BACKENDS:
+                row = Row(backend, way)
+                rows.append(row)
+                row.about["installed"] = backend in pythons
+                if backend not in pythons:
+                    row.about["reason"] = (
+                        f"not installed; pip install 'multilstm[{backend}]'"
+                    )
+                    continue
+                tell(f"starting {backend}, {way}")
+                _start(row, pythons[backend], timeout, dtype, closed_at_end)
+        started = [row for row in rows if row.runs]
+        if steps is None:
+            steps = 100 if any(row.about["gpu"] for row in started) else 8
+        for shape in shapes:
+            of_shape = [
+                Row(row.backend, row.variant, row.worker, dict(row.about))
+                for row in rows
+            ]
+            if model:
+                truth = None
+                shape = _prepare_model(of_shape, model, shape, steps)
+            else:
+                truth = first_loss(shape)
+                for row in of_shape:
+                    row.ask("prepare", steps=steps, **dataclasses.asdict(shape))
+            _measure(of_shape, shape, rounds, steps, tell)
+            records = [_record(row, shape, dtype) for row in of_shape]
+            judge(records, truth, dtype)
+            rank(records)
+            results += records
+            for row, seen in zip(rows, of_shape, strict=True):
+                if not _alive(row) and not seen.runs:
+                    row.about.setdefault("reason", seen.about["reason"])
+    return {
+        "schema": BENCH_SCHEMA,
+        "device": device,
+        "driver": driver,
+        "dtype": dtype,
+        "model": model.name if model else None,
+        "protocol": {
+            "rounds": rounds,
+            "steps_in_a_window": steps,
+            "warm_up_windows": 1,
+            "check_steps": CHECK_STEPS,
+            "loss_tolerance": LOSS_TOLERANCE,
+            "noise": NOISE,
+            "order": "each round goes through all backends and peers",
+        },
+        "results": results,
+    }
+
+
+def _start(
+    row: Row,
+    python: Path,
+    timeout: float,
+    dtype: str,
+    closed_at_end: ExitStack,
+) -> None:
+    try:
+        process = WorkerProcess(python, row.backend, timeout=timeout)
+    except WorkerError as failure:
+        row.about["reason"] = str(failure)
+        return
+    row.worker = closed_at_end.enter_context(closing(process))
+    row.about |= row.ask("start", precision=dtype)
+
+
+def _alive(row: Row) -> bool:
+    return row.worker is not None and row.worker.process.poll() is None
+
+
+def _prepare_model(
+    rows: list[Row], model: Path, shape: Shape, steps: int
+) -> Shape:
+    """Loads the model everywhere; the shape with its own length of rows."""
+    for row in rows:
+        answer = row.ask(
+            "prepare_model",
+            path=str(model.absolute()),
+            steps=steps,
+            batch_size=shape.batch_size,
+            sequence_length=shape.sequence_length,
+        )
+        if answer:
+            row.about["is_random"] = answer["is_random"]
+            length = answer["steps_in_a_row"]
+            shape = dataclasses.replace(shape, sequence_length=length)
+    return shape
+
+
+def _measure(
+    rows: list[Row],
+    shape: Shape,
+    rounds: int,
+    steps: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Builds every row, then times windows of all of them in turns."""
+    for row in rows:
+        if row.runs:
+            tell(f"building {row.backend}, {row.variant}: {shape}")
+        row.about |= row.ask("build", variant=row.variant)
+    for number in range(rounds):
+        tell(f"round {number + 1} of {rounds}")
+        for row in rows:
+            if not row.runs:
+                continue
+            time.sleep(PAUSE_SECONDS)
+            answer = row.ask("time_window", variant=row.variant)
+            if answer:
+                row.step_ms.append(1000 * answer["seconds"] / steps)
+                if answer["joules"] is not None:
+                    row.joules.append(answer["joules"])
+    for row in rows:
+        row.about |= row.ask("peak_memory")
+        if row.joules:
+            tokens = len(row.joules) * steps * shape.tokens
+            row.about["joules_per_million_tokens"] = round(
+                1e6 * sum(row.joules) / tokens, 1
+            )
+
+
+def _record(row: Row, shape: Shape, dtype: str) -> dict[str, Any]:
+    """What a result file says of a row."""
+    record = {
+        "backend": row.backend,
+        "variant": row.variant,
+        "shape": dataclasses.asdict(shape),
+        "dtype": dtype,
+        **row.about,
+    }
+    if not row.runs:
+        return record
+    p20, median, p80 = np.percentile(row.step_ms, [20, 50, 80])
+    return {
+        "joules_per_million_tokens": None,
+        **record,
+        "step_time_ms": {
+            "median": round(float(median), 4),
+            "p20": round(float(p20), 4),
+            "p80": round(float(p80), 4),
+            "min": round(min(row.step_ms), 4),
+        },
+        "windows_ms": [round(ms, 4) for ms in row.step_ms],
+        "tokens_per_second": round(1000 * shape.tokens / float(median), 1),
+    }
+
+
+def judge(
+    records: Sequence[dict[str, Any]], truth: float | None, dtype: str
+) -> None:
+    """Says of each record of one shape whether it computes what it should.
+
+    Three things are looked at: the loss before the first step, against NumPy
+    where there is a `truth`; the losses of the steps after it, against the
+    median of all rows; and a plain product, against float64.
+
+    Args:
+        records: Those of one shape. `agrees` is set, and `disagrees` to a
+            line that says how it does not.
+        truth: The loss before the first step, or None.
+        dtype: Of the products.
+    """
+    running = [record for record in records if "reason" not in record]
+    if not running:
+        return
+    losses = np.array([record["losses"] for record in running])
+    if any(record.get("is_random") for record in running):
+        losses = losses[:, :0]  # every backend drops other numbers
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(losses / np.nanmedian(losses, axis=0) - 1)
+    for record, of_steps in zip(running, apart, strict=True):
+        said = []
+        worst = float(of_steps.max()) if of_steps.size else 0.0
+        if not worst <= LOSS_TOLERANCE:  # NaN too
+            said.append(
+                f"its losses are {worst:.1e} from the median of all "
+                f"({LOSS_TOLERANCE:g} allowed)"
+            )
+        if truth is not None:
+            off = abs(record["losses"][0] / truth - 1)
+            allowed = FIRST_LOSS_TOLERANCE[dtype]
+            if not off <= allowed:
+                said.append(
+                    f"its first loss is {off:.1e} from NumPy's "
+                    f"({allowed:g} allowed)"
+                )
+        allowed = PRODUCT_TOLERANCE[dtype]
+        if not record["product_error"] <= allowed:
+            said.append(
+                f"its products are {record['product_error']:.1e} from exact "
+                f"({allowed:g} allowed): not {dtype}"
+            )
+        record["agrees"] = not said
+        record["disagrees"] = "; ".join(said) or None
+
+
+def rank(records: Sequence[dict[str, Any]]) -> None:
+    """Numbers those of ours that agree, by the time of a step.
+
+    What is within the noise of the fastest shares its rank, the one that
+    compiles fastest first; so does what comes after with its own fastest.
+    """
+    for record in records:
+        record["rank"] = None
+    ranked = [
+        record
+        for record in records
+        if record.get("agrees")
+        and record["variant"] not in (*PEERS, "stock_tutorial")
+    ]
+    ranked.sort(key=lambda record: record["step_time_ms"]["median"])
+    place, leader = 0, None
+    for number, record in enumerate(ranked, 1):
+        if leader is None or not within_noise(record, leader):
+            place, leader = number, record
+        record["rank"] = place
+
+
+def within_noise(record: Mapping[str, Any], leader: Mapping[str, Any]) -> bool:
+    """Whether two rows of one run cannot be told apart.
+
+    Compared are windows of the same round, which saw the same machine.
+    """
+    ratios = np.divide(record["windows_ms"], leader["windows_ms"])
+    p20, median = np.percentile(ratios, [20, 50])
+    return bool(median <= 1 + NOISE or p20 <= 1)
+
+
+def fastest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the first rank, the one to take first."""
+    first = [record for record in records if record["rank"] == 1]
+    return sorted(first, key=lambda record: record["compile_time_seconds"])
+
+
+def choose(result: dict[str, Any]) -> dict[str, Any]:
+    """Picks the fastest backend of a benchmark of one shape, and keeps it.
+
+    Args:
+        result: What `bench` gave.
+
+    Returns:
+        The choice: `backend`; `ranking`, those that passed the gate, fastest
+        first; `equal_within_noise`, those that could not be told apart from
+        the fastest; what they were measured on; and `path`, where it is kept.
+
+    Raises:
+        UserError: If no backend passed the gate.
+    """
+    ours = [r for r in result["results"] if r["variant"] == "ours"]
+    equal = [record["backend"] for record in fastest(ours)]
+    if not equal:
+        reasons = "; ".join(
+            f"{record['backend']}: "
+            f"{record.get('reason') or record.get('disagrees')}"
+            for record in ours
+        )
+        raise UserError(f"No backend can be chosen: {reasons}.")
+    ranked = sorted(
+        (record for record in ours if record["rank"]),
+        key=lambda record: record["step_time_ms"]["median"],
+    )
+    others = [r["backend"] for r in ranked if r["backend"] not in equal]
+    shape = ours[0]["shape"]
+    choice = {
+        "made": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+        "device": result["device"],
+        "driver": result["driver"],
+        "dtype": result["dtype"],
+        "shape_class": shape_class(shape),
+        "shape": shape,
+        "shape_line": str(Shape(**shape)),
+        "examined": [
+            record["backend"] for record in ours if record["installed"]
+        ],
+        "backend": equal[0],
+        "ranking": equal + others,
+        "equal_within_noise": equal if len(equal) > 1 else [],
+        "tokens_per_second": {
+            record["backend"]: record["tokens_per_second"] for record in ranked
+        },
+        "versions": {
+            record["backend"]: record["versions"] for record in ranked
+        },
+    }
+    return {**choice, "path": str(save_choice(choice))}
+
+
+def by_shape(
+    results: Sequence[dict[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Records under the line that describes their shape, in order."""
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for record in results:
+        title = str(Shape(**record["shape"]))
+        shapes.setdefault(title, []).append(record)
+    return shapes
+
+
+def first_loss(shape: Shape) -> float:
+    """The loss of the weights that all begin with, by NumPy in float64."""
+    weights = [w.astype(float) for w in native_loops.draw_weights(shape)]
+    embeddings, lstms, kernel, bias = native_loops.split_weights(shape, weights)
+    inputs, targets = first_batch(shape)
+    x = embeddings[inputs.T]  # (time, batch, features)
+    for layer in lstms:
+        x = _lstm(x, *layer)
+    total = 0.0
+    for features, words in zip(x, targets.T, strict=True):
+        logits = features @ (embeddings.T if kernel is None else kernel) + bias
+        logits -= logits.max(-1, keepdims=True)
+        chosen = np.take_along_axis(logits, words[:, None], -1)[:, 0]
+        total += float((np.log(np.exp(logits).sum(-1)) - chosen).sum())
+    return total / shape.tokens
+
+
+def first_batch(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs and targets that losses are checked on, `(batch, time)`."""
+    ids = native_loops.draw_token_ids(shape, steps=1)
+    starts = np.arange(shape.batch_size)[:, None] * shape.sequence_length
+    places = starts + np.arange(shape.sequence_length)
+    return ids[places], ids[places + 1]
+
+
+def _lstm(
+    x: np.ndarray, kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    h = c = np.zeros((x.shape[1], len(recurrent)))
+    outputs = []
+    for projected in x @ kernel + bias:
+        i, f, g, o = np.split(projected + h @ recurrent, 4, -1)
+        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        h = _sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(x / 2)
+
+
+def make_shapes(
+    *,
+    preset: str | None = None,
+    batch_sizes: Sequence[int] = (),
+    **sizes: Any,
+) -> list[Shape]:
+    """Shapes for `bench`: a preset's, or the tutorial's, with sizes changed.
+
+    Args:
+        preset: Name of a preset. Its dropout is left out: every backend
+            draws other numbers for it, and losses would not be comparable.
+        batch_sizes: One shape for each; default that of the preset.
+        **sizes: `units`, `layers`, `embedding_dim`, `sequence_length`,
+            `vocabulary_size`; None where the preset's is to stay.
+
+    Raises:
+        UserError: If there is no such preset, or a size is not positive.
+    """
+    of = find_preset(preset or "tutorial")
+    given = {name: size for name, size in sizes.items() if size is not None}
+    of_batches = [("batch_size", number) for number in batch_sizes]
+    for name, size in [*given.items(), *of_batches]:
+        if size < 1:
+            raise UserError(
+                f"`{name}` must be a whole number from 1 on; received {size}."
+            )
+    units = given.get("units", of.units)
+    features = given.get("embedding_dim")
+    if features is None:
+        features = units if "units" in given else of.embedding_dim
+    return [
+        Shape(
+            name=of.name,
+            units=(units,) * given.get("layers", of.num_layers),
+            embedding_dim=units if of.tied_embeddings else features,
+            batch_size=batch_size,
+            sequence_length=given.get("sequence_length", of.sequence_length),
+            vocabulary_size=given.get("vocabulary_size", 10_000),
+            tied=of.tied_embeddings,
+        )
+        for batch_size in batch_sizes or (of.batch_size,)
+    ]

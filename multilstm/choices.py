@@ -1,0 +1,110 @@
+"""Which backend was fastest, kept for the next start.
+
+A choice holds for a device and its driver, the versions of what was timed, a
+dtype and a class of shapes: sizes rounded to powers of two. Each is a JSON
+file of its own in the user's cache folder, written whole or not at all, so
+that two that choose at once do no harm.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from multilstm.errors import UserError
+from multilstm.files import cache_folder, read_json, write_json
+
+CHOICE_SCHEMA = "multilstm-choice-1"
+
+
+def shape_class(shape: Mapping[str, Any]) -> dict[str, int]:
+    """The class of a shape: its sizes as the nearest powers of two.
+
+    >>> shape_class({"units": [650, 650], "batch_size": 20,
+    ...     "sequence_length": 35, "vocabulary_size": 10_000})
+    {'layers': 2, 'units': 512, 'batch': 16, 'length': 32, 'words': 8192}
+    """
+
+    def rounded(number: int) -> int:
+        return int(2 ** round(math.log2(number)))
+
+    return {
+        "layers": len(shape["units"]),
+        "units": rounded(max(shape["units"])),
+        "batch": rounded(shape["batch_size"]),
+        "length": rounded(shape["sequence_length"]),
+        "words": rounded(shape["vocabulary_size"]),
+    }
+
+
+def save_choice(choice: Mapping[str, Any]) -> Path:
+    """Writes a choice in the place of one for the same device and class."""
+    of = choice["shape_class"]
+    sizes = (
+        f"{of['layers']}x{of['units']}-batch{of['batch']}"
+        f"-length{of['length']}-words{of['words']}"
+    )
+    device = re.sub(r"[^a-z0-9]+", "-", choice["device"].lower()).strip("-")
+    path = (
+        cache_folder() / "choices" / f"{device}-{choice['dtype']}-{sizes}.json"
+    )
+    write_json(path, {"schema": CHOICE_SCHEMA, **choice})
+    return path
+
+
+def find_choice(
+    device: str,
+    dtype: str = "float32",
+    shape: Mapping[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """The choice made for this device whose class is nearest to a shape.
+
+    Args:
+        device: Its name.
+        dtype: Of the products.
+        shape: Sizes; None takes the choice that was made last.
+
+    Returns:
+        The choice, or None. A file that cannot be read is passed over with
+        no word: `choose` writes it anew.
+    """
+    found = []
+    for path in sorted((cache_folder() / "choices").glob("*.json")):
+        try:
+            choice = read_json(path, schema=CHOICE_SCHEMA)
+        except UserError:
+            continue
+        if (choice["device"], choice["dtype"]) == (device, dtype):
+            found.append(choice)
+    if not found:
+        return None
+    if shape is None:
+        return max(found, key=lambda choice: choice["made"])
+    wanted = shape_class(shape)
+    return min(found, key=lambda choice: _distance(choice, wanted))
+
+
+def _distance(choice: Mapping[str, Any], wanted: Mapping[str, int]) -> float:
+    """How many doublings two classes are apart."""
+    return sum(
+        abs(math.log2(choice["shape_class"][name] / wanted[name]))
+        for name in wanted
+    )
+
+
+def why_stale(
+    choice: Mapping[str, Any],
+    backend: str,
+    driver: str | None,
+    versions: Mapping[str, str],
+) -> str | None:
+    """What has changed since a choice was made; None if nothing has."""
+    before = {"driver": choice["driver"], **choice["versions"][backend]}
+    now = {"driver": driver, **versions}
+    changed = [
+        f"{name} was {before.get(name)} and is {now[name]}"
+        for name in now
+        if now[name] != before.get(name)
+    ]
+    return ", ".join(changed) or None

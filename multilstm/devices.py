@@ -1,0 +1,69 @@
+"""The processor and the GPU of this machine, as the system tells of them.
+
+No framework is asked, so none is loaded.
+"""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def processor_name() -> str:
+    """The processor's name."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_and_driver() -> tuple[str, str | None]:
+    """The name of what a framework would compute on, and its driver's version.
+
+    That is the first GPU that NVML shows and `CUDA_VISIBLE_DEVICES` does not
+    hide; without one the processor, which has no driver.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return processor_name(), None
+    library, gpu = nvml
+    name = library.nvmlDeviceGetName(gpu)
+    version = library.nvmlSystemGetDriverVersion()
+    return str(name), str(version)
+
+
+def gpu_joules() -> float | None:
+    """The energy that the GPU has used since its driver was loaded.
+
+    None without a GPU, or where NVML does not count for it (before Volta).
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    library, gpu = nvml
+    try:
+        return float(library.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3
+    except library.NVMLError_NotSupported:
+        return None
+
+
+@cache
+def _nvml() -> tuple[Any, Any] | None:
+    """NVML and its handle of the GPU; None where there is no GPU."""
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in ("", "-1"):
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, so no GPU
+        return None
+    if pynvml.nvmlDeviceGetCount() == 0:
+        return None
+    if visible.isdecimal():
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible)

@@ -1,0 +1,128 @@
+"""Processes that hold one framework each, asked through pipes.
+
+A process may be missing, fail, be killed or hang: each gives a `WorkerError`
+with one line, and harms no other process.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from multilstm.benchmark import WorkerError
+
+
+class WorkerProcess:
+    """A `benchmark.Worker` in a process of its own.
+
+    Args:
+        python: The Python that has the backend.
+        backend: Its name.
+        timeout: Seconds that an answer may take.
+        program: What that Python runs.
+    """
+
+    def __init__(
+        self,
+        python: str | Path,
+        backend: str,
+        *,
+        timeout: float | None = None,
+        program: tuple[str, ...] = ("-m", "multilstm.benchmark"),
+    ) -> None:
+        self.timeout = timeout
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (see `close`)
+        self.answers: queue.Queue[str] = queue.Queue()
+        try:
+            self.process = subprocess.Popen(
+                [str(python), *program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                text=True,
+                env=os.environ | {"KERAS_BACKEND": backend},
+            )
+        except OSError as error:
+            self.errors.close()
+            raise WorkerError(f"{python} cannot be run: {error}") from error
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(line)
+        self.answers.put("")
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Calls a method of the worker and waits for what it gives.
+
+        Raises:
+            WorkerError: If the worker says so, has ended or does not answer.
+        """
+        assert self.process.stdin is not None
+        try:
+            question = json.dumps([method, arguments])
+            print(question, file=self.process.stdin, flush=True)
+            line = self.answers.get(timeout=self.timeout)
+        except queue.Empty:
+            self.process.kill()
+            raise WorkerError(
+                f"no answer to {method!r} within {self.timeout:g} s; it was "
+                "stopped. Give more time with --timeout."
+            ) from None
+        except (BrokenPipeError, ValueError):
+            line = ""
+        if not line:
+            raise WorkerError(self._say_how_it_ended())
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            self.process.kill()
+            raise WorkerError(
+                f"what it answered is no JSON: {line.strip()[:80]!r}"
+            ) from None
+        if "failure" in answer:
+            raise WorkerError(answer["failure"])
+        return answer
+
+    def _say_how_it_ended(self) -> str:
+        status = self.process.wait()
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = ", perhaps for memory" if name == "SIGKILL" else ""
+            return f"its process was ended by {name}{hint}"
+        said = self.last_line()
+        return f"its process ended with status {status}" + (
+            f": {said}" if said else ""
+        )
+
+    def last_line(self) -> str:
+        """The last line that the process wrote to its stderr."""
+        if self.errors.closed:
+            return ""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").split("\n")
+        written = [line.strip() for line in lines if line.strip()]
+        return written[-1][:300] if written else ""
+
+    def close(self) -> None:
+        """Ends the process, at once if it does not end by itself."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.listener.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.errors.close()
