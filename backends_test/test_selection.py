@@ -189,15 +189,22 @@ def pretend(tmp_path):
     return make
 
 
-def record(*perplexities, weights="a"):
+def record(*perplexities, weights="a", backend="jax"):
     return {
+        "backend": backend,
         "initial_weights_sha256": weights,
-        "history": [{"valid_perplexity": value} for value in perplexities],
+        "history": [
+            {"valid_perplexity": value, "seconds": 10.0}
+            for value in perplexities
+        ],
     }
 
 
 def test_each_backend_is_trained_by_its_own_python(pretend, tmp_path):
-    expected = {"jax": record(200, 110), "torch": record(202, 110)}
+    expected = {
+        "jax": record(200, 110),
+        "torch": record(202, 109, backend="torch"),
+    }
     pythons = {
         backend: pretend(f"{backend}-python", json.dumps(result))
         for backend, result in expected.items()
@@ -205,10 +212,14 @@ def test_each_backend_is_trained_by_its_own_python(pretend, tmp_path):
     out = tmp_path / "out"
     comparison = compare(pythons, ["--preset", "small"], out=out)
     assert comparison == {
-        "schema": "multilstm-comparison-1",
+        "schema": "multilstm-comparison-2",
         "results": expected,
         "same_initial_weights": True,
         "largest_difference": 0.01,
+        "tolerance": 0.02,
+        "agree": True,
+        "target_perplexity": 110,  # what both reached
+        "seconds_to_target": {"jax": 20.0, "torch": 20.0},
     }
     assert json.loads((out / "comparison.json").read_text()) == comparison
     for backend in expected:
@@ -216,6 +227,22 @@ def test_each_backend_is_trained_by_its_own_python(pretend, tmp_path):
             f"-m multilstm train --preset small --backend {backend} "
             f"--out {out / backend} --resume\n"
         )
+
+
+def test_time_to_a_perplexity_and_tolerance_are_those_asked_for(
+    pretend, tmp_path
+):
+    pythons = {
+        "jax": pretend("one", json.dumps(record(200, 110))),
+        "torch": pretend("two", json.dumps(record(150, 109, backend="torch"))),
+    }
+    comparison = compare(
+        pythons, [], out=tmp_path, until_perplexity=150, tolerance=0.3
+    )
+    assert comparison["seconds_to_target"] == {"jax": 20.0, "torch": 10.0}
+    assert comparison["agree"] is False  # 200 and 150
+    unreached = compare(pythons, [], out=tmp_path, until_perplexity=1)
+    assert unreached["seconds_to_target"] == {"jax": None, "torch": None}
 
 
 def test_same_command_goes_on_with_the_runs(pretend, tmp_path):

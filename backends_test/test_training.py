@@ -252,6 +252,16 @@ def test_nothing_is_printed_without_progress(train, capfd):
     assert captured.err == ""
 
 
+def test_training_stops_where_a_perplexity_is_reached(train):
+    first = train(epochs=1)["history"][0]["valid_perplexity"]
+    result = train(epochs=9, until_perplexity=first, resume=True)
+    assert (result["status"], result["epochs"]) == ("finished", 1)
+    longer = train(epochs=9, until_perplexity=first - 0.01, resume=True)
+    history = [row["valid_perplexity"] for row in longer["history"]]
+    assert history[-1] < first
+    assert all(value > first - 0.01 for value in history[:-1])
+
+
 def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
     monkeypatch.setattr(

@@ -78,6 +78,8 @@ class Train(OnBackend):
     """For initial weights and dropout. Default: 0."""
     patience: int | None = None
     """Stop after so many epochs without a better validation perplexity."""
+    until_perplexity: float | None = None
+    """Stop after the first epoch with this validation perplexity or less."""
     max_vocabulary: int | None = None
     """Keep so many of the most frequent words; the others are <unk>."""
     unknown: UnknownWords | None = None
@@ -85,7 +87,7 @@ class Train(OnBackend):
     vocabulary has no <unk>: error (default) or drop."""
     resume: bool = False
     """Go on from the checkpoint in --out, or start where there is none. Only
-    --epochs, --patience and --learning-rate may change."""
+    --epochs, --patience, --until-perplexity and --learning-rate may change."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -168,6 +170,11 @@ class Compare(Common):
     """As of train."""
     epochs: int | None = None
     """As of train."""
+    until_perplexity: float | None = None
+    """As of train; the time to it is reported. Default: to the perplexity
+    that all reached."""
+    tolerance: float = 0.02
+    """How far apart, relative, validation perplexities may be."""
     seed: int | None = None
     """As of train."""
     data: Path | None = None
@@ -192,8 +199,11 @@ class Measure(Common):
     """Number of words. Default: 10,000."""
     dtype: Dtype = "float32"
     """Of the products."""
-    rounds: int = 7
-    """Windows of each backend, in turns."""
+    processes: int = 3
+    """How often each backend is started anew: one process of a framework may
+    be a fifth slower than the next."""
+    rounds: int = 3
+    """Windows of each backend in each process, in turns."""
     steps: int | None = None
     """Training steps in a window. Default: 8, on a GPU 100."""
     timeout: float = 600
@@ -391,14 +401,28 @@ def run_corpus(options: Corpus, console: Console) -> dict[str, Any]:
 
 
 def run_compare(options: Compare, console: Console) -> dict[str, Any]:
+    from multilstm.report import write_report
+
     if options.epochs is None:  # not those of runs that are there already
         options.epochs = find_preset(options.preset or "small").epochs
     arguments = []
-    for name in ("preset", "corpus", "epochs", "seed", "data"):
+    names = ("preset", "corpus", "epochs", "until_perplexity", "seed", "data")
+    for name in names:
         value = getattr(options, name)
         if value is not None:
-            arguments += [f"--{name}", str(value)]
-    comparison = compare(_pythons(options), arguments, out=options.out)
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    if not options.tolerance >= 0:
+        raise UserError(
+            f"--tolerance must be 0 or more; received {options.tolerance}."
+        )
+    comparison = compare(
+        _pythons(options),
+        arguments,
+        out=options.out,
+        until_perplexity=options.until_perplexity,
+        tolerance=options.tolerance,
+    )
+    write_report([comparison], options.out)
     console.print(comparison_table(comparison["results"]))
     if not comparison["same_initial_weights"]:
         console.print("The initial weights were not the same.", style="red")
@@ -406,8 +430,14 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
     if apart is not None:
         console.print(
             "Largest difference of a validation perplexity between backends: "
-            f"{apart:.3%}"
+            f"{apart:.3%}, "
+            + ("within" if comparison["agree"] else "MORE THAN")
+            + f" the {comparison['tolerance']:.3%} allowed"
         )
+    wanted = comparison["target_perplexity"]
+    for backend, seconds in comparison["seconds_to_target"].items():
+        reached = "not reached" if seconds is None else f"{seconds:,.1f} s"
+        console.print(f"{backend} to perplexity {wanted:.2f}: {reached}")
     failed = [b for b, r in comparison["results"].items() if "error" in r]
     if failed:
         raise UserError(
@@ -526,13 +556,13 @@ def _pythons(options: Compare | Measure | Doctor) -> dict[str, Path]:
 
 
 def _how_to_measure(options: Measure, console: Console) -> dict[str, Any]:
-    if options.rounds < 1 or (options.steps or 1) < 1 or options.timeout <= 0:
-        raise UserError(
-            "--rounds, --steps and --timeout must be positive; received "
-            f"{options.rounds}, {options.steps} and {options.timeout:g}."
-        )
+    for name in ("processes", "rounds", "steps", "timeout"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be above 0; received {value}.")
     return {
         "dtype": options.dtype,
+        "processes": options.processes,
         "rounds": options.rounds,
         "steps": options.steps,
         "timeout": options.timeout,

@@ -45,13 +45,14 @@ PAUSE_SECONDS = 0.3
 
 @dataclasses.dataclass
 class Row:
-    """One backend and one way to train with it; what is known so far."""
+    """One backend and one way to train with it, for one shape."""
 
     backend: str
     variant: str
     worker: Any = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    step_ms: list[float] = dataclasses.field(default_factory=list)
+    processes: list[list[float]] = dataclasses.field(default_factory=list)
+    compile_seconds: list[float] = dataclasses.field(default_factory=list)
     joules: list[float] = dataclasses.field(default_factory=list)
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
@@ -78,7 +79,8 @@ def bench(
     model: Path | None = None,
     dtype: str = "float32",
     peers: bool = False,
-    rounds: int = 5,
+    processes: int = 3,
+    rounds: int = 3,
     steps: int | None = None,
     timeout: float = 600,
     tell: Callable[[str], None] = lambda _: None,
@@ -92,7 +94,9 @@ def bench(
         model: A `.keras` file to train instead.
         dtype: Of the products: `"float32"`, `"tf32"` or `"bfloat16"`.
         peers: Whether to time stock Keras and the framework's own loop too.
-        rounds: Windows of each row.
+        processes: How often all is started anew. One process of a framework
+            may be a fifth slower than the next, for all its life.
+        rounds: Windows of each row in each process.
         steps: Training steps in a window. Default: 8, on a GPU 100.
         timeout: Seconds that a process may take for one of its tasks.
         tell: Hears what is being done.
@@ -114,44 +118,40 @@ def bench(
     if peers and not model:
         ways += PEERS
     device, driver = devices.device_and_driver()
+    rows_of = [
+        [Row(backend, way) for way in ways for backend in BACKENDS]
+        for _ in shapes
+    ]
+    for row in (row for rows in rows_of for row in rows):
+        row.about["installed"] = row.backend in pythons
+        if row.backend not in pythons:
+            row.about["reason"] = (
+                f"not installed; pip install 'multilstm[{row.backend}]'"
+            )
+    lengths = [shape.sequence_length for shape in shapes]
+    for number in range(processes):
+        with ExitStack() as closed_at_end:
+            tell(f"processes, {number + 1} of {processes}")
+            for same in zip(*rows_of, strict=True):
+                _start(same, pythons, timeout, dtype, closed_at_end)
+            if steps is None:
+                started = [row for row in rows_of[0] if row.runs]
+                steps = 100 if any(row.about["gpu"] for row in started) else 8
+            for place, (shape, rows) in enumerate(
+                zip(shapes, rows_of, strict=True)
+            ):
+                lengths[place] = _prepare(rows, shape, model, steps)
+                _measure(rows, shape, rounds, steps, tell)
+                for same in zip(*rows_of, strict=True):
+                    _pass_on_a_death(same[place], same[place + 1 :])
+    assert steps is not None
     results: list[dict[str, Any]] = []
-    with ExitStack() as closed_at_end:
-        rows = []
-        for way in ways:
-            for backend in BACKENDS:
-                row = Row(backend, way)
-                rows.append(row)
-                row.about["installed"] = backend in pythons
-                if backend not in pythons:
-                    row.about["reason"] = (
-                        f"not installed; pip install 'multilstm[{backend}]'"
-                    )
-                    continue
-                tell(f"starting {backend}, {way}")
-                _start(row, pythons[backend], timeout, dtype, closed_at_end)
-        started = [row for row in rows if row.runs]
-        if steps is None:
-            steps = 100 if any(row.about["gpu"] for row in started) else 8
-        for shape in shapes:
-            of_shape = [
-                Row(row.backend, row.variant, row.worker, dict(row.about))
-                for row in rows
-            ]
-            if model:
-                truth = None
-                shape = _prepare_model(of_shape, model, shape, steps)
-            else:
-                truth = first_loss(shape)
-                for row in of_shape:
-                    row.ask("prepare", steps=steps, **dataclasses.asdict(shape))
-            _measure(of_shape, shape, rounds, steps, tell)
-            records = [_record(row, shape, dtype) for row in of_shape]
-            judge(records, truth, dtype)
-            rank(records)
-            results += records
-            for row, seen in zip(rows, of_shape, strict=True):
-                if not _alive(row) and not seen.runs:
-                    row.about.setdefault("reason", seen.about["reason"])
+    for shape, length, rows in zip(shapes, lengths, rows_of, strict=True):
+        shape = dataclasses.replace(shape, sequence_length=length)
+        records = [_record(row, shape, dtype, steps) for row in rows]
+        judge(records, None if model else first_loss(shape), dtype)
+        rank(records)
+        results += records
     return {
         "schema": BENCH_SCHEMA,
         "device": device,
@@ -159,6 +159,7 @@ def bench(
         "dtype": dtype,
         "model": model.name if model else None,
         "protocol": {
+            "processes": processes,
             "rounds": rounds,
             "steps_in_a_window": steps,
             "warm_up_windows": 1,
@@ -172,30 +173,49 @@ def bench(
 
 
 def _start(
-    row: Row,
-    python: Path,
+    same: Sequence[Row],
+    pythons: Mapping[str, Path],
     timeout: float,
     dtype: str,
     closed_at_end: ExitStack,
 ) -> None:
-    try:
-        process = WorkerProcess(python, row.backend, timeout=timeout)
-    except WorkerError as failure:
-        row.about["reason"] = str(failure)
+    """Starts one process for the rows of one backend and way."""
+    running = [row for row in same if row.runs]
+    if not running:
         return
-    row.worker = closed_at_end.enter_context(closing(process))
-    row.about |= row.ask("start", precision=dtype)
+    first = running[0]
+    try:
+        process = WorkerProcess(
+            pythons[first.backend], first.backend, timeout=timeout
+        )
+        closed_at_end.enter_context(closing(process))
+        answer = process.ask("start", precision=dtype)
+    except WorkerError as failure:
+        for row in running:
+            row.about["reason"] = str(failure)
+        return
+    for row in running:
+        row.worker = process
+        row.about |= answer
 
 
-def _alive(row: Row) -> bool:
-    return row.worker is not None and row.worker.process.poll() is None
+def _pass_on_a_death(row: Row, later: Sequence[Row]) -> None:
+    """A process that has ended answers for no other shape either."""
+    if row.runs or row.worker is None or row.worker.process.poll() is None:
+        return
+    for other in later:
+        other.about.setdefault("reason", row.about["reason"])
 
 
-def _prepare_model(
-    rows: list[Row], model: Path, shape: Shape, steps: int
-) -> Shape:
-    """Loads the model everywhere; the shape with its own length of rows."""
+def _prepare(
+    rows: Sequence[Row], shape: Shape, model: Path | None, steps: int
+) -> int:
+    """Makes data and weights everywhere; gives the length of a row."""
+    length = shape.sequence_length
     for row in rows:
+        if model is None:
+            row.ask("prepare", steps=steps, **dataclasses.asdict(shape))
+            continue
         answer = row.ask(
             "prepare_model",
             path=str(model.absolute()),
@@ -206,12 +226,11 @@ def _prepare_model(
         if answer:
             row.about["is_random"] = answer["is_random"]
             length = answer["steps_in_a_row"]
-            shape = dataclasses.replace(shape, sequence_length=length)
-    return shape
+    return length
 
 
 def _measure(
-    rows: list[Row],
+    rows: Sequence[Row],
     shape: Shape,
     rounds: int,
     steps: int,
@@ -221,28 +240,27 @@ def _measure(
     for row in rows:
         if row.runs:
             tell(f"building {row.backend}, {row.variant}: {shape}")
-        row.about |= row.ask("build", variant=row.variant)
+        if answer := row.ask("build", variant=row.variant):
+            row.compile_seconds.append(answer.pop("compile_time_seconds"))
+            row.processes.append([])
+            row.about = answer | row.about  # the losses of the first process
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds}")
         for row in rows:
             if not row.runs:
                 continue
             time.sleep(PAUSE_SECONDS)
-            answer = row.ask("time_window", variant=row.variant)
-            if answer:
-                row.step_ms.append(1000 * answer["seconds"] / steps)
+            if answer := row.ask("time_window", variant=row.variant):
+                row.processes[-1].append(1000 * answer["seconds"] / steps)
                 if answer["joules"] is not None:
                     row.joules.append(answer["joules"])
     for row in rows:
-        row.about |= row.ask("peak_memory")
-        if row.joules:
-            tokens = len(row.joules) * steps * shape.tokens
-            row.about["joules_per_million_tokens"] = round(
-                1e6 * sum(row.joules) / tokens, 1
-            )
+        for name, megabytes in row.ask("peak_memory").items():
+            known = row.about.get(name)
+            row.about[name] = max(megabytes, known) if known else megabytes
 
 
-def _record(row: Row, shape: Shape, dtype: str) -> dict[str, Any]:
+def _record(row: Row, shape: Shape, dtype: str, steps: int) -> dict[str, Any]:
     """What a result file says of a row."""
     record = {
         "backend": row.backend,
@@ -253,17 +271,24 @@ def _record(row: Row, shape: Shape, dtype: str) -> dict[str, Any]:
     }
     if not row.runs:
         return record
-    p20, median, p80 = np.percentile(row.step_ms, [20, 50, 80])
-    return {
-        "joules_per_million_tokens": None,
-        **record,
+    windows = [ms for process in row.processes for ms in process]
+    p20, median, p80 = np.percentile(windows, [20, 50, 80])
+    joules = None
+    if row.joules:
+        tokens = len(row.joules) * steps * shape.tokens
+        joules = round(1e6 * sum(row.joules) / tokens, 1)
+    return record | {
+        "compile_time_seconds": float(np.median(row.compile_seconds)),
+        "joules_per_million_tokens": joules,
         "step_time_ms": {
             "median": round(float(median), 4),
             "p20": round(float(p20), 4),
             "p80": round(float(p80), 4),
-            "min": round(min(row.step_ms), 4),
+            "min": round(min(windows), 4),
         },
-        "windows_ms": [round(ms, 4) for ms in row.step_ms],
+        "windows_ms": [
+            [round(ms, 4) for ms in process] for process in row.processes
+        ],
         "tokens_per_second": round(1000 * shape.tokens / float(median), 1),
     }
 
@@ -342,11 +367,18 @@ def rank(records: Sequence[dict[str, Any]]) -> None:
 def within_noise(record: Mapping[str, Any], leader: Mapping[str, Any]) -> bool:
     """Whether two rows of one run cannot be told apart.
 
-    Compared are windows of the same round, which saw the same machine.
+    Compared are windows of the same round, which saw the same machine, and
+    the medians of processes: where some process of the slower one was faster
+    than some of the leader's, the next run may turn them round.
     """
-    ratios = np.divide(record["windows_ms"], leader["windows_ms"])
+    slower, faster = record["windows_ms"], leader["windows_ms"]
+    ratios = np.divide(np.concatenate(slower), np.concatenate(faster))
     p20, median = np.percentile(ratios, [20, 50])
-    return bool(median <= 1 + NOISE or p20 <= 1)
+    fastest_process = min(map(np.median, slower))
+    slowest_process = max(map(np.median, faster))
+    return bool(
+        median <= 1 + NOISE or p20 <= 1 or fastest_process <= slowest_process
+    )
 
 
 def fastest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -153,6 +153,7 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
             )
         for record in _sorted(records):
             row = cells(record)
+            row[-1] = row[-1].removeprefix(f"{record['backend']}: ")
             style = None if record.get("agrees") else "red"
             table.add_row(*(Text(row[k]) for k in columns), style=style)
         tables.append(table)
@@ -282,6 +283,7 @@ _COMPARISON_HEADINGS = (
     "valid",
     "test",
     "seconds",
+    "to target",
     "tokens/s",
 )
 
@@ -290,7 +292,7 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for backend, record in comparison["results"].items():
         if "error" in record:
-            rows.append([backend, record["error"], *[""] * 7])
+            rows.append([backend, record["error"], *[""] * 8])
             continue
         history = record["history"]
         rows.append(
@@ -303,6 +305,7 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
                 f"{record['valid_perplexity']:.2f}",
                 f"{record['test_perplexity']:.2f}",
                 f"{sum(row['seconds'] for row in history):,.0f}",
+                _number(comparison["seconds_to_target"].get(backend)),
                 _number(record["tokens_per_second"]),
             ]
         )

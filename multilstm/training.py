@@ -48,13 +48,14 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": None,
     "seed": 0,
     "patience": None,
+    "until_perplexity": None,
     "max_vocabulary": None,
     "unknown": "error",
 }
 
 
 # What may change when a run goes on.
-_CHANGEABLE = ("epochs", "patience", "learning_rate")
+_CHANGEABLE = ("epochs", "patience", "until_perplexity", "learning_rate")
 
 # Within an epoch, so that a crash costs no more than this.
 _SECONDS_BETWEEN_CHECKPOINTS = 300
@@ -75,6 +76,7 @@ def train(
     learning_rate: float | None = None,
     seed: int | None = None,
     patience: int | None = None,
+    until_perplexity: float | None = None,
     max_vocabulary: int | None = None,
     unknown: UnknownWords | None = None,
     data_folder: str | Path | None = None,
@@ -95,12 +97,14 @@ def train(
         seed: For initial weights and dropout. Default: 0.
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
+        until_perplexity: Stop after the first epoch with a validation
+            perplexity of this or less. Default: never.
         max_vocabulary: Keep the most frequent words only; see `load_corpus`.
         unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
         resume: Go on from the checkpoint in `out`, with the settings of its
-            `config.json`; only `epochs`, `patience` and `learning_rate` may
-            change. Without a run there, start one.
+            `config.json`; only `epochs`, `patience`, `until_perplexity` and
+            `learning_rate` may change. Without a run there, start one.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -122,6 +126,7 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
         "patience": patience,
+        "until_perplexity": until_perplexity,
         "max_vocabulary": max_vocabulary,
         "unknown": unknown,
     }
@@ -160,6 +165,7 @@ def train(
         plan=plan,
         steps_per_epoch=len(batches),
         patience=settings["patience"],
+        until_perplexity=settings["until_perplexity"],
     )
     if keeper.has_ended and folder.result.exists():
         result = read_json(folder.result, schema=RESULT_SCHEMA)
@@ -332,6 +338,7 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         "batch_size": 1,
         "sequence_length": 1,
         "patience": 1,
+        "until_perplexity": 1,
         "seed": 0,
     }
     for name, least in needed.items():
@@ -411,6 +418,7 @@ class _Keeper(keras.callbacks.Callback):
         plan: Preset,
         steps_per_epoch: int,
         patience: int | None,
+        until_perplexity: float | None,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -423,17 +431,22 @@ class _Keeper(keras.callbacks.Callback):
         self.plan = plan
         self.steps_per_epoch = steps_per_epoch
         self.patience = patience
+        self.until_perplexity = until_perplexity
         self.asked_to_stop = False
 
     @property
     def has_ended(self) -> bool:
-        """Whether all epochs are done, or patience is at its end."""
+        """Whether epochs, patience or what was to be reached are at an end."""
         if len(self.history) >= self.plan.epochs:
             return True
-        if self.patience is None or not self.history:
+        if not self.history:
             return False
-        since_best = len(self.history) - best_epoch(self.history)["epoch"]
-        return since_best >= self.patience
+        best = best_epoch(self.history)
+        wanted = self.until_perplexity
+        if wanted is not None and best["valid_perplexity"] <= wanted:
+            return True
+        since_best = len(self.history) - best["epoch"]
+        return self.patience is not None and since_best >= self.patience
 
     @property
     def interrupted(self) -> bool:

@@ -73,6 +73,7 @@ class WorkerProcess:
             line = self.answers.get(timeout=self.timeout)
         except queue.Empty:
             self.process.kill()
+            self.process.wait()
             raise WorkerError(
                 f"no answer to {method!r} within {self.timeout:g} s; it was "
                 "stopped. Give more time with --timeout."
@@ -85,6 +86,7 @@ class WorkerProcess:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
             self.process.kill()
+            self.process.wait()
             raise WorkerError(
                 f"what it answered is no JSON: {line.strip()[:80]!r}"
             ) from None

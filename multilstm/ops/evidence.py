@@ -34,3 +34,8 @@ def explain_once(reason: str) -> None:
     if reason not in _explained:
         _explained.add(reason)
         logger.warning(reason)
+
+
+def explanations() -> list[str]:
+    """What `explain_once` has said in this process."""
+    return sorted(_explained)
