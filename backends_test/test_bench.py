@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ from multilstm.native_loops import draw_weights
 from multilstm.selection import select_backend, valid_choice
 
 BACKEND = keras.config.backend()
+EXAMPLE = Path(__file__).parents[1] / "examples" / "choose_backend.py"
 TINY = Shape("tiny", (6, 6), 6, 3, 4, 20)
 
 
@@ -660,6 +662,35 @@ def test_commands_bench_choose_and_report(pretend, tmp_path, capsys):
     assert status == 0, printed.err
     choice = json.loads(printed.out.splitlines()[-1])
     assert choice["backend"] == BACKEND
+
+
+def test_choose_takes_a_result_file_of_this_device_alone(
+    result, tmp_path, capsys, own_cache
+):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(result))
+    assert main(["choose", "--results", str(path), "--json"]) == 0
+    printed = capsys.readouterr()
+    choice = json.loads(printed.out.splitlines()[-1])
+    assert choice["ranking"][1] == BACKEND
+    assert len([*(own_cache / "choices").iterdir()]) == 1
+    path.write_text(json.dumps(result | {"driver": "580.1"}))
+    assert main(["choose", "--results", str(path)]) == 1
+    assert "must be of this device and driver" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="only a clone has examples")
+def test_example_takes_what_it_found_fastest(pretend, monkeypatch, capsys):
+    pythons = {BACKEND: pretend(0.1)}
+    monkeypatch.setattr(selection, "find_pythons", lambda: pythons)
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setattr(
+        selection, "why_stale", lambda *_: None
+    )  # what is pretended has no versions
+    runpy.run_path(str(EXAMPLE))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"Keras {keras.__version__} on {BACKEND}: ")
+    assert "multilstm choose, " in last
 
 
 def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):

@@ -336,7 +336,10 @@ def test_wrong_usage_ends_with_2(arguments, command):
 
 @pytest.mark.parametrize(
     "name",
-    ["train", "evaluate", "predict", "generate", "corpus", "compare"],
+    [
+        *("train", "evaluate", "predict", "generate", "corpus", "compare"),
+        *("bench", "choose", "doctor", "report"),
+    ],
 )
 def test_every_command_explains_itself(name, command):
     status, lines, _ = command(name, "--help")

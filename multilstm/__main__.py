@@ -173,7 +173,7 @@ class Compare(Common):
     until_perplexity: float | None = None
     """As of train; the time to it is reported. Default: to the perplexity
     that all reached."""
-    tolerance: float = 0.02
+    tolerance: float = 0.03
     """How far apart, relative, validation perplexities may be."""
     seed: int | None = None
     """As of train."""
@@ -235,6 +235,8 @@ class Choose(Measure):
     """Rows a batch."""
     again: bool = False
     """Measure even where a choice is kept that still holds."""
+    results: Path | None = None
+    """Choose by this bench.json, made on this device, and measure nothing."""
     write_keras_json: bool = False
     """Make it Keras's own default too."""
 
@@ -497,9 +499,11 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
 
 
 def run_choose(options: Choose, console: Console) -> dict[str, Any]:
-    from multilstm.bench import bench, choose
+    from multilstm.bench import bench, choose, choose_by
     from multilstm.report import bench_tables
 
+    if options.results is not None:
+        return _tell_choices(choose_by(options.results), options, console)
     batch_sizes = (options.batch_size,) if options.batch_size else ()
     [shape] = _shapes(options, batch_sizes)
     pythons = _pythons(options)
@@ -514,16 +518,20 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
         for table in bench_tables(result):
             console.print(table)
         choice = choose(result)
-    equal = choice["equal_within_noise"]
-    console.print(
-        f"{choice['backend']} on {choice['device']}, {choice['shape_line']}"
-        + (
-            f" (equal within noise: {', '.join(equal)}; it compiles fastest)"
-            if equal
-            else ""
-        ),
-        style="bold",
-    )
+    return _tell_choices([choice], options, console)
+
+
+def _tell_choices(
+    choices: list[dict[str, Any]], options: Choose, console: Console
+) -> dict[str, Any]:
+    for choice in choices:
+        equal = ", ".join(choice["equal_within_noise"])
+        note = f" (equal within noise: {equal}; it compiles fastest)"
+        console.print(
+            f"{choice['backend']} on {choice['device']}, "
+            f"{choice['shape_line']}{note if equal else ''}",
+            style="bold",
+        )
     if options.write_keras_json:
         console.print(f"written to {write_keras_json(choice['backend'])}")
     return choice

@@ -20,6 +20,7 @@ from multilstm import devices, native_loops
 from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
 from multilstm.choices import save_choice, shape_class
 from multilstm.errors import UserError
+from multilstm.files import read_json
 from multilstm.presets import find_preset
 from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
@@ -438,6 +439,25 @@ def choose(result: dict[str, Any]) -> dict[str, Any]:
         },
     }
     return {**choice, "path": str(save_choice(choice))}
+
+
+def choose_by(path: Path) -> list[dict[str, Any]]:
+    """Chooses for every shape of a result file that was made here.
+
+    Raises:
+        UserError: If the file is not a benchmark of this device and driver,
+            or nothing in it passed the gate.
+    """
+    result = read_json(path, schema=BENCH_SCHEMA)
+    here = devices.device_and_driver()
+    made = result["device"], result["driver"]
+    if made != here:
+        raise UserError(
+            f"{path} must be of this device and driver, {here}; it is of "
+            f"{made}. Measure here: multilstm choose"
+        )
+    of_shapes = by_shape(result["results"]).values()
+    return [choose(result | {"results": records}) for records in of_shapes]
 
 
 def by_shape(

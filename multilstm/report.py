@@ -318,17 +318,17 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --jax: #7b4bb7;
   --torch: #d8502c; --tensorflow: #c98a00; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
-  max-width: 60rem; }
+  max-width: 70rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line);
   text-align: left; white-space: nowrap; }
 td:last-child { white-space: normal; min-width: 12rem; }
 .off { opacity: .75; font-style: italic; }
-.bar { display: grid; grid-template-columns: 9rem 1fr; gap: .5rem;
+.bar { display: grid; grid-template-columns: 12rem 1fr; gap: .5rem;
   align-items: center; font-size: .875rem; margin: .25rem 0; }
 .track { position: relative; height: 1.5rem; }
 .fill { position: absolute; inset: 0 auto 0 0; border-radius: 2px; }

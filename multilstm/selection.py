@@ -261,7 +261,7 @@ def compare(
     *,
     out: Path,
     until_perplexity: float | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.03,
 ) -> dict[str, Any]:
     """Trains one preset from the same weights on several backends.
 
@@ -273,8 +273,8 @@ def compare(
         until_perplexity: What to tell the time to. Default: the validation
             perplexity that the last of them reached.
         tolerance: Of `largest_difference`. Rounding grows as a model learns:
-            a backend against itself, its initial weights changed by one part
-            in ten million, was 1.3 % apart after an epoch at a high rate.
+            ten runs of an epoch of `zaremba_small` that differed in rounding
+            alone, four of them of one backend, were up to 2.5 % apart.
 
     Returns:
         `results`: for each backend the result record, or `{"error": ...}`
