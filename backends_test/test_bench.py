@@ -71,6 +71,9 @@ for line in sys.stdin:
         with open({log!r}, "a") as log:
             print(os.environ["KERAS_BACKEND"], file=log)
         answer = dict(seconds=time_of_a_window, joules={joules})
+    if method == "prepare" and fault == "too large":
+        if arguments["batch_size"] == 128:
+            answer = dict(failure="out of memory")
     if method == "build" and fault == "raises":
         answer = dict(failure="ValueError: no such kernel")
     print(json.dumps(answer), flush=True)
@@ -151,6 +154,21 @@ def test_one_that_fails_is_a_row_with_its_reason(pretend, fault, reason):
         )
 
 
+def test_failure_of_one_shape_does_not_lose_the_times_of_another(pretend):
+    """A process that lives on is timed in later processes too."""
+    pythons = {"jax": pretend(0.1, "too large")}
+    large = dataclasses.replace(TINY, batch_size=128)
+    result = bench(pythons, [large, TINY], processes=2, rounds=1, steps=2)
+    of_large, of_tiny = result["results"][0], result["results"][3]
+    assert of_large["reason"] == "out of memory"
+    assert [len(windows) for windows in of_tiny["windows_ms"]] == [1, 1]
+
+
+def test_own_models_have_the_dtype_of_their_file(tmp_path):
+    with pytest.raises(UserError, match="the dtype that its file names"):
+        bench({"jax": tmp_path}, [TINY], model=tmp_path, dtype="bfloat16")
+
+
 def test_python_that_cannot_be_run_is_a_row(pretend, tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("no program")
@@ -176,8 +194,7 @@ def test_records_have_the_fields_of_their_schema(pretend):
     common = {"backend", "variant", "shape", "dtype", "installed", "rank"}
     assert absent_row.keys() == common | {"reason"}
     # What `start` and `build` of a real worker say comes with it.
-    assert set(timed()) <= timed_row.keys() | {"versions", "product_error"}
-    assert timed_row.keys() == set(timed()) | {"gpu"}
+    assert timed_row.keys() == set(timed()) | {"gpu", "steady"}
 
 
 def test_nothing_to_run_is_refused():
@@ -221,6 +238,8 @@ def timed(backend="jax", windows=(10.0, 10.0, 10.0), **about):
         ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, 2.51]}, "from the median"),
         ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, float("nan")]}, "median"),
         ({"product_error": 3e-4}, "not float32"),
+        ({"steady": False}, "from one process to the next"),
+        ({"is_random": True, "losses": [float("inf")] * 6}, "no numbers"),
     ],
 )
 def test_other_numbers_are_shown_and_not_ranked(about, said):
@@ -404,6 +423,10 @@ def test_own_model_is_timed_as_it_is_and_accelerated(own_model, tmp_path):
         assert record["agrees"], record
     assert found["accelerated"]["kernel"].startswith(f"{BACKEND}: ")
     assert result["model"] == "model.keras"
+    assert [*bench_module.by_shape(result["results"])] == [
+        "model.keras: batch 3, length 4"
+    ]
+    assert found["as_it_is"]["is_random"] is False
 
 
 def test_models_that_could_run_code_are_refused(tmp_path):
@@ -428,8 +451,10 @@ def test_models_larger_than_allowed_are_refused(own_model, monkeypatch):
 
 
 def test_worker_tells_failures_in_a_line():
+    worker = Worker()
+    worker.start("float32")
     with pytest.raises(WorkerError, match="needs a file"):
-        Worker().ask(
+        worker.ask(
             "prepare_model",
             path="nowhere",
             steps=1,
@@ -549,6 +574,36 @@ def test_nothing_that_passed_cannot_be_chosen(result):
         record |= {"rank": None, "agrees": False, "disagrees": "it is wrong"}
     with pytest.raises(UserError, match="it is wrong"):
         choose(result)
+
+
+def test_choice_of_an_older_version_is_passed_over(result):
+    path = Path(choose(result)["path"])
+    choice = json.loads(path.read_text())
+    del choice["ranking"]
+    path.write_text(json.dumps(choice))
+    assert choices.find_choice("Chip") is None
+
+
+def test_choice_holds_among_the_same_backends_and_versions(result):
+    result["results"][0]["versions"] = {"keras": "3"}
+    choose(result)
+    shape = dataclasses.asdict(TINY)
+    absent = result["results"][0]["backend"]
+    both = {BACKEND: Path(sys.executable), absent: Path(sys.executable)}
+    _, why_not = valid_choice(shape, "float32", {BACKEND: both[BACKEND]})
+    assert why_not == "the last choice was among other backends"
+    _, why_not = valid_choice(shape, "float32", both)
+    assert "keras was 3 and is" in why_not
+    wider = dataclasses.asdict(dataclasses.replace(TINY, units=(64, 64)))
+    assert "nothing chosen yet" in valid_choice(wider, "float32", both)[1]
+
+
+def test_python_that_is_broken_has_no_versions(tmp_path):
+    broken = script(tmp_path, "broken", "raise SystemExit(1)")
+    assert selection.versions_in(broken, BACKEND) == {}
+    choice = {"driver": None, "versions": {BACKEND: {"keras": "3.15.1"}}}
+    stale = choices.why_stale(choice, BACKEND, None, {})
+    assert stale == "keras was 3.15.1 and is None"
 
 
 def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):

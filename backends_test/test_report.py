@@ -17,7 +17,7 @@ from multilstm.report import (
 )
 from multilstm.selection import COMPARISON_SCHEMA
 
-EVIL = '"><script>alert(1)</script>|<img src=x>'
+EVIL = '"><script>alert(1)</script>|<img src=x>);a:url(//x)![](//x)'
 
 
 def bench_result(device="Chip", **about):
@@ -120,10 +120,12 @@ def test_text_of_files_is_escaped():
     }
     page = html_page([evil, training])
     assert "<script" not in page
+    assert 'style="stroke:currentColor' in page
     assert not {"script", "img"} & Tags(page).tags
     text = markdown([evil, training])
     assert "<script" not in text
     assert "<img" not in text
+    assert "![" not in text
     table_rows = [line for line in text.splitlines() if "&gt;" in line]
     assert all("\\|" in line for line in table_rows if line.startswith("|"))
 
@@ -162,6 +164,12 @@ def test_files_of_other_schemas_are_not_mixed(tmp_path):
         read_results([bad])
     with pytest.raises(UserError, match="none was given"):
         read_results([])
+
+
+def test_losses_that_were_no_numbers_are_left_out():
+    lost = bench_result()
+    lost["results"][2]["losses"] = [None] * 6
+    assert "its losses are 2e-2 off" in html_page([lost])
 
 
 def test_report_is_three_files_even_of_failures(tmp_path):

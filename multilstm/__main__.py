@@ -229,7 +229,7 @@ class Bench(Measure):
 
 @dataclasses.dataclass(kw_only=True)
 class Choose(Measure):
-    """Find the fastest backend and keep it as the default of `train`."""
+    """Find the fastest backend; in float32 it is then the default of train."""
 
     batch_size: int | None = None
     """Rows a batch."""
@@ -504,7 +504,8 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
 
     if options.results is not None:
         return _tell_choices(choose_by(options.results), options, console)
-    batch_sizes = (options.batch_size,) if options.batch_size else ()
+    size = options.batch_size
+    batch_sizes = () if size is None else (size,)
     [shape] = _shapes(options, batch_sizes)
     pythons = _pythons(options)
     choice = None
@@ -608,9 +609,14 @@ def _telling(console: Console) -> Callable[[str], None]:
 
 def _print_verdicts(result: dict[str, Any], console: Console) -> None:
     from multilstm.bench import by_shape, fastest
+    from multilstm.report import NAMES
 
     for title, records in by_shape(result["results"]).items():
-        first = [f"{r['backend']}" for r in fastest(records)]
+        several = len({record["variant"] for record in records}) > 1
+        first = [
+            f"{r['backend']} {NAMES[r['variant']]}" if several else r["backend"]
+            for r in fastest(records)
+        ]
         if len(first) > 1:
             said = f"equal within noise: {', '.join(first)}; {first[0]} "
             said += "compiles fastest"
@@ -675,9 +681,11 @@ def _shape_of(options: Train) -> dict[str, Any]:
     preset = find_preset(options.preset or "small")
     return {
         "units": [preset.units] * preset.num_layers,
-        "batch_size": options.batch_size or preset.batch_size,
-        "sequence_length": options.sequence_length or preset.sequence_length,
-        "vocabulary_size": options.max_vocabulary or 10_000,
+        "batch_size": max(options.batch_size or preset.batch_size, 1),
+        "sequence_length": max(
+            options.sequence_length or preset.sequence_length, 1
+        ),
+        "vocabulary_size": max(options.max_vocabulary or 10_000, 1),
     }
 
 

@@ -115,6 +115,11 @@ def bench(
             "A benchmark needs at least one backend and none is installed. "
             "Install one with: pip install 'multilstm[jax]'"
         )
+    if model and dtype == "bfloat16":
+        raise UserError(
+            "A model of one's own has the dtype that its file names; received "
+            "dtype bfloat16. Save it with that policy and leave the dtype out."
+        )
     ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
     if peers and not model:
         ways += PEERS
@@ -145,10 +150,16 @@ def bench(
                 _measure(rows, shape, rounds, steps, tell)
                 for same in zip(*rows_of, strict=True):
                     _pass_on_a_death(same[place], same[place + 1 :])
+            for row in (row for rows in rows_of for row in rows):
+                row.worker = None
     assert steps is not None
     results: list[dict[str, Any]] = []
     for shape, length, rows in zip(shapes, lengths, rows_of, strict=True):
         shape = dataclasses.replace(shape, sequence_length=length)
+        if model:
+            shape = dataclasses.replace(
+                shape, name=model.name, units=(), tied=False
+            )
         records = [_record(row, shape, dtype, steps) for row in rows]
         judge(records, None if model else first_loss(shape), dtype)
         rank(records)
@@ -244,6 +255,10 @@ def _measure(
         if answer := row.ask("build", variant=row.variant):
             row.compile_seconds.append(answer.pop("compile_time_seconds"))
             row.processes.append([])
+            first = row.about.setdefault("losses", answer["losses"])
+            if not row.about.get("is_random"):
+                apart = np.abs(np.divide(answer["losses"], first) - 1).max()
+                row.about["steady"] = bool(apart <= LOSS_TOLERANCE)
             row.about = answer | row.about  # the losses of the first process
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds}")
@@ -315,10 +330,15 @@ def judge(
     losses = np.array([record["losses"] for record in running])
     if any(record.get("is_random") for record in running):
         losses = losses[:, :0]  # every backend drops other numbers
+    finite = [np.isfinite(record["losses"]).all() for record in running]
     with np.errstate(invalid="ignore"):
         apart = np.abs(losses / np.nanmedian(losses, axis=0) - 1)
-    for record, of_steps in zip(running, apart, strict=True):
+    for record, of_steps, is_finite in zip(running, apart, finite, strict=True):
         said = []
+        if not is_finite:
+            said.append("its losses are no numbers")
+        if record.get("steady") is False:
+            said.append("its losses differ from one process to the next")
         worst = float(of_steps.max()) if of_steps.size else 0.0
         if not worst <= LOSS_TOLERANCE:  # NaN too
             said.append(
@@ -425,17 +445,16 @@ def choose(result: dict[str, Any]) -> dict[str, Any]:
         "shape_class": shape_class(shape),
         "shape": shape,
         "shape_line": str(Shape(**shape)),
-        "examined": [
-            record["backend"] for record in ours if record["installed"]
-        ],
         "backend": equal[0],
         "ranking": equal + others,
         "equal_within_noise": equal if len(equal) > 1 else [],
         "tokens_per_second": {
             record["backend"]: record["tokens_per_second"] for record in ranked
         },
-        "versions": {
-            record["backend"]: record["versions"] for record in ranked
+        "versions": {  # of all that were there, ranked or not
+            record["backend"]: record.get("versions", {})
+            for record in ours
+            if record["installed"]
         },
     }
     return {**choice, "path": str(save_choice(choice))}
@@ -457,6 +476,11 @@ def choose_by(path: Path) -> list[dict[str, Any]]:
             f"{made}. Measure here: multilstm choose"
         )
     of_shapes = by_shape(result["results"]).values()
+    if not of_shapes or result["model"]:
+        raise UserError(
+            f"{path} must hold times of language models; it has none. "
+            "Measure here: multilstm choose"
+        )
     return [choose(result | {"results": records}) for records in of_shapes]
 
 

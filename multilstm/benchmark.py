@@ -73,6 +73,11 @@ class Shape:
         return 3 * (forward + 2 * self.tokens * features * self.vocabulary_size)
 
     def __str__(self) -> str:
+        if not self.units:  # somebody's own model
+            return (
+                f"{self.name}: batch {self.batch_size}, length "
+                f"{self.sequence_length}"
+            )
         return (
             f"{self.name}: LSTM {'+'.join(map(str, self.units))}, embedding "
             f"{self.embedding_dim}{' tied' * self.tied}, batch "
@@ -244,7 +249,7 @@ class Worker:
         self.loops: dict[str, Any] = {}
         self.product: Any = None
         keras.utils.clear_session(free_memory=True)  # and the dtype policy
-        forget_peak()
+        forget_peak(self.backend)
         if self.dtype == "bfloat16":
             keras.config.set_dtype_policy("mixed_bfloat16")
         self.model_file: Any = None
@@ -271,7 +276,7 @@ class Worker:
 
         self.loops, self.product = {}, None
         keras.utils.clear_session(free_memory=True)
-        forget_peak()
+        forget_peak(self.backend)
         self.model_file = load_model(Path(path))
         batches = draw_batches(
             self.model_file, steps * batch_size, sequence_length
@@ -285,8 +290,9 @@ class Worker:
         return {
             "steps_in_a_row": first.shape[1] if first.ndim > 1 else 1,
             "is_random": any(
-                hasattr(layer, "seed_generator")
+                getattr(layer, name, None)
                 for layer in self.model_file._flatten_layers()
+                for name in ("rate", "dropout", "recurrent_dropout", "stddev")
             ),
         }
 
@@ -330,11 +336,12 @@ class Worker:
         }
 
     def time_window(self, variant: str) -> dict[str, Any]:
-        joules_before = devices.gpu_joules()
+        has_gpu = native_loops.has_gpu(self.backend)
+        joules_before = devices.gpu_joules() if has_gpu else None
         began = time.perf_counter()
         self.loops[variant](self.window)
         seconds = time.perf_counter() - began
-        joules = devices.gpu_joules()
+        joules = devices.gpu_joules() if has_gpu else None
         if joules is not None and joules_before is not None:
             joules -= joules_before
         return {"seconds": seconds, "joules": joules}
@@ -387,9 +394,8 @@ class Worker:
             "step_ms": round(step_ms, 3),
             "reference_step_ms": round(reference_ms, 3),
             "output_error": relative_error(output, truth),
-            "gradient_error": max(
-                relative_error(a, b)
-                for a, b in zip(changes, true_changes, strict=True)
+            "gradient_error": float(
+                np.max(list(map(relative_error, changes, true_changes)))
             ),
         }
 
@@ -582,8 +588,12 @@ def normal(*sizes: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.standard_normal(size, np.float32) for size in sizes]
 
 
-def forget_peak() -> None:
-    """Lets the peak of this process's memory begin anew, on Linux."""
+def forget_peak(backend: str) -> None:
+    """Lets the peaks of memory begin anew: of the process on Linux, of a GPU.
+
+    JAX cannot: there the peak is that of the largest shape so far.
+    """
+    native_loops.forget_gpu_peak(backend)
     references = Path("/proc/self/clear_refs")
     if references.exists():
         references.write_text("5")

@@ -16,6 +16,10 @@ from multilstm.errors import UserError
 from multilstm.files import cache_folder, read_json, write_json
 
 CHOICE_SCHEMA = "multilstm-choice-1"
+_FIELDS = {
+    *("made", "device", "driver", "dtype", "shape_class", "shape_line"),
+    *("backend", "ranking", "equal_within_noise", "versions"),
+}
 
 
 def shape_class(shape: Mapping[str, Any]) -> dict[str, int]:
@@ -67,13 +71,15 @@ def find_choice(
 
     Returns:
         The choice, or None. A file that cannot be read is passed over with
-        no word: `choose` writes it anew.
+        no word, as one of an older version is: `choose` writes it anew.
     """
     found = []
     for path in sorted((cache_folder() / "choices").glob("*.json")):
         try:
             choice = read_json(path, schema=CHOICE_SCHEMA)
-        except UserError:
+        except (UserError, OSError):
+            continue
+        if not choice.keys() >= _FIELDS:
             continue
         if (choice["device"], choice["dtype"]) == (device, dtype):
             found.append(choice)
@@ -100,11 +106,11 @@ def why_stale(
     versions: Mapping[str, str],
 ) -> str | None:
     """What has changed since a choice was made; None if nothing has."""
-    before = {"driver": choice["driver"], **choice["versions"][backend]}
+    before = {"driver": choice["driver"], **choice["versions"].get(backend, {})}
     now = {"driver": driver, **versions}
     changed = [
-        f"{name} was {before.get(name)} and is {now[name]}"
-        for name in now
-        if now[name] != before.get(name)
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in [*now, *(before.keys() - now.keys())]
+        if now.get(name) != before.get(name)
     ]
     return ", ".join(changed) or None

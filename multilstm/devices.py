@@ -38,7 +38,7 @@ def device_and_driver() -> tuple[str, str | None]:
 def gpu_joules() -> float | None:
     """The energy that the GPU has used since its driver was loaded.
 
-    None without a GPU, or where NVML does not count for it (before Volta).
+    None without a GPU, or where NVML does not tell (before Volta).
     """
     nvml = _nvml()
     if nvml is None:
@@ -46,7 +46,7 @@ def gpu_joules() -> float | None:
     library, gpu = nvml
     try:
         return float(library.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3
-    except library.NVMLError_NotSupported:
+    except library.NVMLError:
         return None
 
 
@@ -58,12 +58,10 @@ def _nvml() -> tuple[Any, Any] | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if visible in ("", "-1"):
         return None
-    try:
+    try:  # without a driver, or for a name that it does not know, no GPU
         pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, so no GPU
+        if visible.isdecimal():
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible)
+    except pynvml.NVMLError:
         return None
-    if pynvml.nvmlDeviceGetCount() == 0:
-        return None
-    if visible.isdecimal():
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible)

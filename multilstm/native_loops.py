@@ -218,6 +218,19 @@ def gpu_peak_bytes(backend: str) -> int | None:
     return tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
+def forget_gpu_peak(backend: str) -> None:
+    if not has_gpu(backend):
+        return
+    if backend == "torch":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.reset_memory_stats("GPU:0")
+
+
 def ones_like(layers: list) -> list[tuple]:
     return [tuple(np.ones_like(weight) for weight in layer) for layer in layers]
 

@@ -5,6 +5,7 @@ text from result files is escaped.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -21,7 +22,7 @@ from rich.text import Text
 from multilstm.bench import BENCH_SCHEMA, by_shape
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, replacing, write_text
-from multilstm.selection import COMPARISON_SCHEMA
+from multilstm.selection import BACKENDS, COMPARISON_SCHEMA
 
 SCHEMAS = (BENCH_SCHEMA, COMPARISON_SCHEMA)
 NAMES = {
@@ -109,13 +110,14 @@ def cells(record: Mapping[str, Any]) -> list[str]:
         _number(record["peak_memory_mb"]),
         _number(record["peak_device_memory_mb"]),
         _number(record["joules_per_million_tokens"]),
-        f"{record['losses'][-1]:.4f}",
+        _number(record["losses"][-1], ".4f"),
         note,
     ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
+def _number(value: float | None, form: str = ",.0f") -> str:
+    """A number as text; nothing for what JSON has no number for."""
+    return "" if value is None else format(value, form)
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -271,7 +273,8 @@ def _markdown_row(texts: Iterable[str]) -> str:
 
 def _one_line(text: str) -> str:
     """Text that stays in its cell and is no markup."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    text = escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\|\[\]!*_`])", r"\\\1", text)
 
 
 _COMPARISON_HEADINGS = (
@@ -302,8 +305,8 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
                 record["preset"],
                 record["corpus"],
                 str(len(history)),
-                f"{record['valid_perplexity']:.2f}",
-                f"{record['test_perplexity']:.2f}",
+                _number(record["valid_perplexity"], ".2f"),
+                _number(record["test_perplexity"], ".2f"),
                 f"{sum(row['seconds'] for row in history):,.0f}",
                 _number(comparison["seconds_to_target"].get(backend)),
                 _number(record["tokens_per_second"]),
@@ -338,7 +341,7 @@ td:last-child { white-space: normal; min-width: 12rem; }
   font-variant-numeric: tabular-nums; color: #fff;
   text-shadow: 0 0 3px #000, 0 0 3px #000; }
 .jax { background: var(--jax); } .torch { background: var(--torch); }
-.tensorflow { background: var(--tensorflow); }
+.tensorflow { background: var(--tensorflow); } .other { background: #888; }
 svg { width: 100%; height: auto; max-width: 40rem; font-size: 12px; }
 svg text { fill: currentColor; } svg .axis { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; }
@@ -417,7 +420,7 @@ def _bar(
     def percent(number: float) -> str:
         return f"{100 * number / most:.2f}%"
 
-    backend = escape(record["backend"], quote=True)
+    backend = record["backend"] if record["backend"] in BACKENDS else "other"
     name = NAMES.get(record["variant"], record["variant"])
     off = "" if record["agrees"] else " off"
     line = ""
@@ -494,7 +497,7 @@ def _svg_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         f'<text x="580" y="280" text-anchor="end">{longest:,.0f} s</text>',
     ]
     for number, (backend, curve) in enumerate(curves.items()):
-        color = f"var(--{escape(backend, quote=True)})"
+        color = f"var(--{backend})" if backend in BACKENDS else "currentColor"
         line = " ".join(place(x, y) for x, y in curve)
         parts.append(f'<polyline style="stroke:{color}" points="{line}"/>')
         x, y = place(*curve[-1]).split(",")

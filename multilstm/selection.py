@@ -138,9 +138,9 @@ def valid_choice(
     choice = find_choice(device, dtype, shape)
     if choice is None or choice["shape_class"] != shape_class(shape):
         return None, "nothing chosen yet for this device and shape"
-    if set(choice["examined"]) != set(pythons):
+    if set(choice["versions"]) != set(pythons):
         return None, "the last choice was among other backends"
-    for backend in choice["ranking"]:
+    for backend in pythons:
         versions = versions_in(pythons[backend], backend)
         stale = why_stale(choice, backend, driver, versions)
         if stale:
@@ -164,7 +164,7 @@ def versions_in(python: Path, backend: str) -> dict[str, str]:
     )
     if done.returncode != 0:
         return {}
-    versions: dict[str, str] = json.loads(done.stdout)
+    versions: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return versions
 
 
