@@ -44,6 +44,48 @@ def test_ours_keras_and_a_native_loop_have_the_same_losses(tmp_path):
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_no_more_is_needed_than_keras_numpy_and_a_framework():
+    others = [
+        "platformdirs",
+        "psutil",
+        "pynvml",
+        "tyro",
+        "pooch",
+        "matplotlib",
+    ]
+    arguments = [
+        "--shapes",
+        "tiny",
+        "--variants",
+        "ours",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    ]
+    code = (
+        "import importlib.util, runpy, sys\n"
+        f"others = {others}\n"
+        "sys.modules.update(dict.fromkeys(others))\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = (\n"
+        "    lambda name: None if name in others else find(name)\n"
+        ")\n"
+        f"sys.argv = ['lstm_step.py', *{arguments}]\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    [result] = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert result["comparable"]
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_benchmark_refuses_sizes_that_cannot_be():
     done = run("--shapes", "tiny", "--rounds", "0")
     assert done.returncode == 2

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from multilstm import devices, native_loops
 from multilstm.errors import UserError
@@ -606,6 +605,8 @@ def resident_mb(field: str) -> float:
     """
     path = Path("/proc/self/status")
     if not path.exists():  # not Linux: without a peak
+        import psutil
+
         return round(psutil.Process().memory_info().rss / 1e6, 1)
     status = path.read_text()
     return round(int(status.split(f"{field}:")[1].split()[0]) * 1.024e-3, 1)

@@ -3,6 +3,7 @@
 No framework is asked, so none is loaded.
 """
 
+import importlib.util
 import os
 import platform
 from functools import cache
@@ -52,7 +53,13 @@ def gpu_joules() -> float | None:
 
 @cache
 def _nvml() -> tuple[Any, Any] | None:
-    """NVML and its handle of the GPU; None where there is no GPU."""
+    """NVML and its handle of the GPU; None where there is no GPU.
+
+    A machine that only measures may have no more than Keras, NumPy and a
+    framework: without NVML's module it has no GPU that could be told.
+    """
+    if importlib.util.find_spec("pynvml") is None:
+        return None
     import pynvml
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from multilstm.errors import UserError
 
 
@@ -96,8 +94,11 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
 def cache_folder() -> Path:
     """`MULTILSTM_CACHE`, else the user's cache folder of this system."""
     named = os.environ.get("MULTILSTM_CACHE")
-    root = named or platformdirs.user_cache_dir("multilstm")
-    return Path(root).expanduser()
+    if named:
+        return Path(named).expanduser()
+    import platformdirs  # which a machine that only measures may not have
+
+    return Path(platformdirs.user_cache_dir("multilstm"))
 
 
 def _umask() -> int:
