@@ -87,6 +87,8 @@ def stop_after(monkeypatch):
 @pytest.fixture
 def interrupt_at(monkeypatch, steps_at_once):
     """Sends SIGINT, as Ctrl-C does, after the n-th dispatch of a run."""
+    # What a shell starts in the background ignores SIGINT from its start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt_at(number, times=1, steps=1):
         steps_at_once(steps)
@@ -103,7 +105,8 @@ def interrupt_at(monkeypatch, steps_at_once):
             training_module.StepTimes, "on_train_batch_end", step_and_interrupt
         )
 
-    return interrupt_at
+    yield interrupt_at
+    signal.signal(signal.SIGINT, before)
 
 
 def figures(result):
