@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from multilstm.bench import DTYPES, LOSS_TOLERANCE
 from multilstm.benchmark import (
     CHECK_STEPS,
     KERAS_VARIANTS,
@@ -45,10 +46,6 @@ from multilstm.workers import WorkerProcess
 
 SCHEMA = "multilstm.lstm_step/1"
 VARIANTS = (*KERAS_VARIANTS, "native", "native_compiled")
-PRECISIONS = ("float32", "tf32", "bfloat16")
-# Seen on a CPU: 3e-6 in float32, 7e-4 in bfloat16; 3e-4 for the tutorial's
-# softmax, which Keras clips. A swapped gate or a lost bias gives 2e-3 or more.
-LOSS_TOLERANCE = 1e-3
 
 
 SHAPES = {
@@ -398,7 +395,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--python", action="append", default=[], metavar="BACKEND=PATH")
     add("--rounds", type=positive, default=7, help="windows of each variant")
     add("--steps", type=positive, default=16, help="steps in a window")
-    add("--precision", choices=PRECISIONS, default="float32")
+    add("--precision", choices=DTYPES, default="float32")
     add("--memory", action="store_true", help="measure peak memory too")
     add("--require-gpu", action="store_true", help="fail without a GPU")
     add("--out", type=Path, metavar="FILE.json")

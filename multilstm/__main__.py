@@ -485,7 +485,7 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
         _shapes(options, _batch_sizes(options.batch_size)),
         model=options.model,
         peers=options.peers,
-        **_how_to_measure(options, console),
+        **_how_to_measure(options),
     )
     for table in bench_tables(result):
         console.print(table)
@@ -515,7 +515,7 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
         )
         console.print(why_not or "kept from before; --again measures anew")
     if choice is None:
-        result = bench(pythons, [shape], **_how_to_measure(options, console))
+        result = bench(pythons, [shape], **_how_to_measure(options))
         for table in bench_tables(result):
             console.print(table)
         choice = choose(result)
@@ -542,9 +542,7 @@ def run_doctor(options: Doctor, console: Console) -> dict[str, Any]:
     from multilstm.doctor import doctor
     from multilstm.report import doctor_lines
 
-    result = doctor(
-        _pythons(options), timeout=options.timeout, tell=_telling(console)
-    )
+    result = doctor(_pythons(options), timeout=options.timeout, tell=_telling())
     advice = [f"- {line}" for line in result["advice"]]
     for line in [*doctor_lines(result), "", "What to do", *advice]:
         console.print(_plain(line))
@@ -564,7 +562,7 @@ def _pythons(options: Compare | Measure | Doctor) -> dict[str, Path]:
     return parse_pythons(options.python) if options.python else find_pythons()
 
 
-def _how_to_measure(options: Measure, console: Console) -> dict[str, Any]:
+def _how_to_measure(options: Measure) -> dict[str, Any]:
     for name in ("processes", "rounds", "steps", "timeout"):
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -575,7 +573,7 @@ def _how_to_measure(options: Measure, console: Console) -> dict[str, Any]:
         "rounds": options.rounds,
         "steps": options.steps,
         "timeout": options.timeout,
-        "tell": _telling(console),
+        "tell": _telling(),
     }
 
 
@@ -601,7 +599,7 @@ def _batch_sizes(text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _telling(console: Console) -> Callable[[str], None]:
+def _telling() -> Callable[[str], None]:
     """Progress on stderr: stdout is for what was found."""
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     return lambda line: progress.print(_plain(line), style="dim")
