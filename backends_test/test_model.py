@@ -17,6 +17,7 @@ from multilstm import (
 from multilstm import model as model_module
 from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
+from multilstm.projection import Projection
 
 BACKEND = keras.config.backend()
 TAKES_GROUPS = pytest.mark.skipif(
@@ -539,7 +540,7 @@ def test_fit_and_evaluate_never_make_logits(rng, monkeypatch):
     def fail(*_):
         raise AssertionError("logits of the whole vocabulary")
 
-    monkeypatch.setattr(model_module._Projection, "call", fail)
+    monkeypatch.setattr(Projection, "call", fail)
     model.compile()
     data = datasets(rng)["windows"]
     model.fit(data, validation_data=data, verbose=0)

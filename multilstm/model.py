@@ -27,11 +27,11 @@ from multilstm.layers import (
 from multilstm.ops import (
     feed,
     fuse_optimizer,
-    linear_cross_entropy,
     make_train_function,
     steps_per_dispatch,
 )
 from multilstm.presets import Preset, find_preset
+from multilstm.projection import Projection
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -207,7 +207,7 @@ class LanguageModel(keras.Model):
             )
             for i in range(len(units_of))
         ]
-        self.projection = _Projection(
+        self.projection = Projection(
             vocabulary_size,
             kernel_initializer=initializer("glorot_uniform", 2, 0),
             bias_initializer=bias_initializer(2, 1),
@@ -532,58 +532,6 @@ def make_optimizer(preset: Preset) -> Any:
         preset.learning_rate_of(0),
         global_clipnorm=preset.clip_norm_of_mean(),
     )
-
-
-class _Projection(keras.layers.Layer):
-    """Features -> logits, by a kernel of its own or by the embeddings."""
-
-    def __init__(
-        self,
-        vocabulary_size: int,
-        *,
-        kernel_initializer: Any,
-        bias_initializer: Any,
-        tied_to: Embedding | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.vocabulary_size = vocabulary_size
-        self.kernel_initializer = kernel_initializer
-        self.bias_initializer = bias_initializer
-        self.tied_to = tied_to
-
-    def build(self, features_shape: tuple[int | None, ...]) -> None:
-        if self.tied_to is None:
-            self.kernel = self.add_weight(
-                shape=(features_shape[-1], self.vocabulary_size),
-                initializer=self.kernel_initializer,
-                name="kernel",
-            )
-        self.bias = self.add_weight(
-            shape=(self.vocabulary_size,),
-            initializer=self.bias_initializer,
-            name="bias",
-        )
-
-    def call(self, features: Any) -> Any:
-        kernel, bias = self._read_weights()
-        return ops.matmul(features, kernel) + bias
-
-    def negative_log_likelihood(
-        self, features: Any, targets: Any, weights: Any = None
-    ) -> Any:
-        """`ops.linear_cross_entropy` with the weights of this layer."""
-        return linear_cross_entropy(
-            features, *self._read_weights(), targets, weights
-        )
-
-    def _read_weights(self) -> tuple[Any, Any]:
-        table = self.tied_to and self.tied_to.embeddings
-        kernel, bias = (
-            ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
-            for weight in (self.kernel if table is None else table, self.bias)
-        )
-        return (kernel if table is None else ops.transpose(kernel)), bias
 
 
 def _nats_and_tokens(

@@ -1,0 +1,61 @@
+"""Features -> logits over the vocabulary, or only what a loss needs of them."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from multilstm.layers import Embedding
+from multilstm.ops import linear_cross_entropy
+
+
+class Projection(keras.layers.Layer):
+    """Features -> logits, by a kernel of its own or by the embeddings."""
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        *,
+        kernel_initializer: Any,
+        bias_initializer: Any,
+        tied_to: Embedding | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.kernel_initializer = kernel_initializer
+        self.bias_initializer = bias_initializer
+        self.tied_to = tied_to
+
+    def build(self, features_shape: tuple[int | None, ...]) -> None:
+        if self.tied_to is None:
+            self.kernel = self.add_weight(
+                shape=(features_shape[-1], self.vocabulary_size),
+                initializer=self.kernel_initializer,
+                name="kernel",
+            )
+        self.bias = self.add_weight(
+            shape=(self.vocabulary_size,),
+            initializer=self.bias_initializer,
+            name="bias",
+        )
+
+    def call(self, features: Any) -> Any:
+        kernel, bias = self._read_weights()
+        return ops.matmul(features, kernel) + bias
+
+    def negative_log_likelihood(
+        self, features: Any, targets: Any, weights: Any = None
+    ) -> Any:
+        """`ops.linear_cross_entropy` with the weights of this layer."""
+        return linear_cross_entropy(
+            features, *self._read_weights(), targets, weights
+        )
+
+    def _read_weights(self) -> tuple[Any, Any]:
+        table = self.tied_to and self.tied_to.embeddings
+        kernel, bias = (
+            ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
+            for weight in (self.kernel if table is None else table, self.bias)
+        )
+        return (kernel if table is None else ops.transpose(kernel)), bias
