@@ -59,8 +59,9 @@ def corpus_folder(tmp_path: Path) -> Path:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a preset that trains in a second, with all that `small` has.
 
-    Two names go with it: `tiny_windows` has no carried state, `tiny_wild` a
-    learning rate with which the loss is soon no number.
+    Three names go with it: `tiny_windows` has no carried state, `tiny_wild` a
+    learning rate with which the loss is soon no number, `tiny_awd` all that
+    `awd` has and a little more.
     """
     from multilstm import PRESETS
 
@@ -79,6 +80,29 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         (
             "tiny_wild",
             {"optimizer": "sgd", "learning_rate": 1e30, "clip_norm": None},
+        ),
+        (
+            "tiny_awd",
+            {
+                "units": (8, 6),
+                "embedding_dim": 5,  # not the last layer's units
+                "locked_dropout": True,
+                "embedding_dropout": 0.2,
+                "weight_dropout": 0.3,
+                "activation_regularization": 0.2,
+                "temporal_activation_regularization": 0.1,
+                "initializer": "torch",
+                "sequence_length": 10,
+                "length_std": 4.0,
+                "half_length_share": 0.2,
+                "optimizer": "sgd",
+                "learning_rate": 8.0,  # some epoch is worse than the first
+                "plateau_factor": 0.5,
+                "l2": 1e-5,
+                "gradient_accumulation_steps": 2,
+                "averaging": "triggered",
+                "non_monotone": 0,
+            },
         ),
     ):
         preset = replace(small, name=name, **changes | others)

@@ -91,6 +91,15 @@ def lstm_gradients(
     return [dx, dh, dc, d_kernel, d_recurrent, d_bias]
 
 
+def negative_log_likelihood(logits: Array, targets: NDArray[np.int_]) -> Array:
+    """Nats of each target under the softmax of `logits`."""
+    logits = logits.astype(np.float64)
+    largest = logits.max(-1, keepdims=True)
+    log_total = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return log_total - chosen
+
+
 def linear_cross_entropy(
     features: Array, kernel: Array, bias: Array, targets: NDArray[np.int32]
 ) -> Array:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from multilstm import evaluate, load_corpus, load_run
+from multilstm import PRESETS, evaluate, load_corpus, load_run
 from multilstm.__main__ import main
 
 PROJECT = Path(__file__).parent.parent
@@ -424,3 +424,16 @@ def test_script_with_a_model_of_ones_own_runs(corpus_folder, tmp_path):
 def test_tutorial_script_fits_on_a_page():
     lines = (PROJECT / "examples" / "train.py").read_text().splitlines()
     assert len(lines) < 80
+
+
+def test_presets_are_listed_with_their_sources(command):
+    status, lines, _ = command("presets", "--json")
+    assert status == 0
+    rows = record(lines)["presets"]
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    text = "\n".join(lines)
+    assert "60.7 / 58.8" in text
+    assert "arXiv:1708.02182" in text
+    assert "`multilstm choose --preset NAME` measures it" in text
+    status, _, err = command("presets", "--tokens", 0)
+    assert (status, "--tokens must be at least 1" in err) == (1, True)

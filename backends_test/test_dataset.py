@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from multilstm import ContinuousStreams, NextWordWindows
+from multilstm import ContinuousStreams, NextWordWindows, VariableStreams
 from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
 
@@ -377,3 +377,70 @@ def test_batches_that_are_more_than_slices_say_so():
     ids = np.arange(30)
     assert not NextWordWindows(ids, 3, 2, one_hot=30).is_sliced
     assert not ContinuousStreams(ids, 3, 2).is_sliced
+
+
+# Streams of varying length ---------------------------------------------------
+
+
+def test_varying_batches_hold_the_rows_of_the_text_in_order():
+    ids = text(203)
+    streams = VariableStreams(ids, 20, 2, std=6.0, half_share=0.3, seed=[1, 2])
+    row_length = 202 // 2  # what fills no bucket of 5 is left out
+    for moved, place in ((0, 0), (1, 1)):
+        rows = np.concatenate([batch[place] for batch in streams], axis=1)
+        for row in range(2):
+            first = row * row_length + moved
+            np.testing.assert_array_equal(rows[row], ids[first:][:100])
+    lengths = [inputs.shape[1] for inputs, _ in streams]
+    assert lengths == streams.lengths.tolist()
+    assert {length % 5 for length in lengths} == {0}
+
+
+def test_lengths_have_the_distribution_that_was_asked_for():
+    streams = VariableStreams(np.arange(1_000_001), 70, 1)
+    lengths = streams.lengths[:-1]
+    num = len(lengths)
+    is_half = lengths < 52
+    # Five standard deviations of the draws; a bucket of 5 adds 25/12.
+    assert abs(is_half.mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / num)
+    for part, mean in ((~is_half, 70), (is_half, 35)):
+        few = part.sum()
+        assert abs(lengths[part].mean() - mean) < 5 * 5.2 / np.sqrt(few)
+        assert abs(lengths[part].std() - np.sqrt(25 + 25 / 12)) < 5 * 5.2 / (
+            np.sqrt(2 * few)
+        )
+    assert len(set(lengths)) < 20  # that a backend compiles for
+
+
+def test_lengths_are_those_of_their_seed():
+    one, same, other = (
+        VariableStreams(np.arange(2001), 20, 2, seed=seed).lengths
+        for seed in ([0, 1], [0, 1], [0, 2])
+    )
+    np.testing.assert_array_equal(one, same)
+    assert one.tolist() != other.tolist()
+
+
+def test_lengths_without_spread_are_one_length():
+    streams = VariableStreams(np.arange(86), 20, 1, std=0.0, half_share=0.0)
+    assert streams.lengths.tolist() == [20, 20, 20, 20, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"std": -1.0}, "`std` must be 0 or more"),
+        ({"half_share": 1.5}, "`half_share` from 0 to 1"),
+        ({"bucket": 0}, "`bucket` must be an int"),
+        ({"bucket": 60}, "need at least 121 tokens; received 101"),
+    ],
+)
+def test_bad_settings_of_varying_lengths_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        VariableStreams(np.arange(101), 20, 2, **settings)
+
+
+def test_there_is_no_batch_after_the_last():
+    streams = VariableStreams(np.arange(101), 20, 2)
+    with pytest.raises(IndexError, match="There are 5 batches"):
+        streams[5]

@@ -529,3 +529,120 @@ def test_repeated_words_are_clipped_by_the_true_norm(clip):
     expected = np.outer([0, -1, -2, 0], np.ones(4)) / np.sqrt(20)
     # float32.
     np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-6)
+
+
+# What is dropped ------------------------------------------------------------
+
+
+def dropped_kernel(layer):
+    """The recurrent kernel of the next batch, as the kernels get it."""
+    return numpy(layer.read_weights(True))[1]
+
+
+def test_weight_dropout_drops_recurrent_weights_and_scales_the_rest(x):
+    layer = built(LSTM(16, weight_dropout=0.25, seed=3))
+    kernel, recurrent, bias = layer.get_weights()
+    got_kernel, dropped, got_bias = numpy(layer.read_weights(True))
+    np.testing.assert_array_equal(got_kernel, kernel)
+    np.testing.assert_array_equal(got_bias, bias)
+    is_kept = dropped != 0
+    # Of 1,024 weights, 5 standard deviations of a binomial draw.
+    assert abs(is_kept.mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 1024)
+    # float32.
+    np.testing.assert_allclose(
+        dropped[is_kept], recurrent[is_kept] / 0.75, rtol=1e-6
+    )
+    assert (dropped_kernel(layer) != dropped).any()  # a mask for each batch
+    np.testing.assert_array_equal(
+        numpy(layer.read_weights(False))[1], recurrent
+    )
+
+
+def test_one_mask_of_weights_serves_all_steps_and_rows(x):
+    arguments = {"weight_dropout": 0.5, "return_sequences": True, "seed": 3}
+    layer, same = (
+        built(LSTM(UNITS, **arguments)),
+        built(LSTM(UNITS, **arguments)),
+    )
+    same.set_weights(layer.get_weights())
+    kernel, _, bias = same.get_weights()
+    zeros = np.zeros((BATCH, UNITS))
+    expected, *_ = oracles.lstm(
+        x, zeros, zeros, kernel, dropped_kernel(same), bias
+    )
+    [out] = numpy(layer(x, training=True))
+    np.testing.assert_allclose(out, expected, **CLOSE)
+
+
+def test_weight_dropout_is_for_training_alone(x):
+    layer, plain = built(LSTM(UNITS, weight_dropout=0.5)), built(LSTM(UNITS))
+    plain.set_weights(layer.get_weights())
+    for training in (None, False):
+        [out], [truth] = numpy(layer(x, training=training)), numpy(plain(x))
+        np.testing.assert_array_equal(out, truth)
+
+
+def test_dropped_weights_get_no_gradient(x):
+    layer = built(LSTM(UNITS, weight_dropout=0.5, seed=3))
+    same = built(LSTM(UNITS, weight_dropout=0.5, seed=3))
+    is_kept = dropped_kernel(same) != 0
+    model = keras.Sequential([layer])
+    before = layer.get_weights()[1]
+    model.compile("sgd", "mse")
+    model.train_on_batch(x, np.ones((BATCH, UNITS)))
+    np.testing.assert_array_equal(layer.get_weights()[1] != before, is_kept)
+
+
+def test_weight_dropout_survives_the_configuration():
+    layer = LSTM.from_config(LSTM(UNITS, weight_dropout=0.5).get_config())
+    assert layer.weight_dropout == 0.5
+    layer = Embedding.from_config(Embedding(9, 4, dropout=0.5).get_config())
+    assert layer.dropout == 0.5
+
+
+def test_embedding_drops_whole_words_alike_wherever_they_stand():
+    layer = Embedding(40, 3, dropout=0.25, seed=3)
+    ids = np.stack([np.arange(40), np.arange(40)[::-1]])
+    table = numpy(layer(ids))[0][0]
+    first, second = numpy(layer(ids, training=True))[0]
+    np.testing.assert_array_equal(first, second[::-1])
+    is_kept = (first != 0).any(-1)
+    assert 0 < is_kept.sum() < 40
+    np.testing.assert_allclose(
+        first,
+        table * is_kept[:, None] / 0.75,
+        rtol=1e-6,  # float32
+    )
+    again = numpy(layer(ids, training=True))[0][0]
+    assert ((again != 0).any(-1) != is_kept).any()
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="of PyTorch's implementation"
+)
+def test_weights_for_cudnn_are_views_of_one_block(rng):
+    """No GPU to run it: what it would be given is checked on the CPU."""
+    import torch
+
+    from multilstm.ops import torch as ops_torch
+
+    shapes = [((4, 20), (5, 20), (20,)), ((5, 20), (5, 20), (20,))]
+    weights = [
+        tuple(
+            torch.tensor(rng.normal(size=s), requires_grad=True) for s in layer
+        )
+        for layer in shapes
+    ]
+    packed = ops_torch._pack_for_cudnn(weights)
+    expected = ops_torch._in_torchs_order(weights)
+    for got, truth in zip(packed, expected, strict=True):
+        assert torch.equal(got, truth)
+    # cuDNN's order is that of the addresses: matrices first, then biases.
+    places = [tensor.storage_offset() for tensor in packed]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    assert [places[k] for k in order] == sorted(places)
+    sum(tensor.sum() * k for k, tensor in enumerate(packed)).backward()
+    for k, tensor in enumerate(t for layer in weights for t in layer):
+        place = 4 * (k // 3) + k % 3
+        assert torch.equal(tensor.grad, torch.full_like(tensor, place))

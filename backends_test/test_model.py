@@ -15,8 +15,9 @@ from multilstm import (
     ops,
 )
 from multilstm import model as model_module
-from multilstm.dataset import RowStarts
+from multilstm.dataset import RowStarts, VariableStreams
 from multilstm.errors import UserError
+from multilstm.optimizers import SGD
 from multilstm.projection import Projection
 
 BACKEND = keras.config.backend()
@@ -75,9 +76,25 @@ def test_tied_logits_have_no_kernel_of_their_own():
     assert untied.count_params() - tied.count_params() == 6 * V
 
 
-def test_tied_embeddings_need_equal_sizes():
-    with pytest.raises(ValueError, match="embedding_dim == units; received 4"):
-        small_model(tied_embeddings=True, embedding_dim=4)
+def test_tied_embeddings_of_another_size_come_after_a_product(rng):
+    model = small_model(embedding_dim=4, tied_embeddings=True)
+    model.build((2, 3))
+    ids = rng.integers(V, size=(2, 3)).astype(np.int32)
+    logits, features = (
+        numpy(model(ids)),
+        numpy(model._read(ids, None, False)[0]),
+    )
+    table = numpy(model.embedding.embeddings)
+    bottleneck = numpy(model.projection.bottleneck)
+    bias = numpy(model.projection.bias)
+    assert bottleneck.shape == (6, 4)
+    expected = features.astype(np.float64) @ bottleneck @ table.T + bias
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    nll, _ = model.negative_log_likelihood(
+        ids, keras.ops.convert_to_tensor(ids)
+    )
+    truth = oracles.negative_log_likelihood(logits, ids)
+    np.testing.assert_allclose(numpy(nll), truth, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -625,3 +642,230 @@ def test_whole_step_under_xla_gives_the_same_weights(rng):
     ):
         # Adam divides small numbers by small numbers.
         np.testing.assert_allclose(weight, truth, rtol=1e-3, atol=1e-5)
+
+
+# Regularisers ---------------------------------------------------------------
+
+REGULARIZERS = {
+    "locked_dropout": True,
+    "input_dropout": 0.3,
+    "hidden_dropout": 0.3,
+    "output_dropout": 0.3,
+    "embedding_dropout": 0.2,
+    "weight_dropout": 0.4,
+    "activation_regularization": 2.0,
+    "temporal_activation_regularization": 1.0,
+}
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_locked_dropout_has_one_mask_for_all_steps(locked):
+    model = small_model(
+        locked_dropout=locked,
+        **dict.fromkeys(
+            ("input_dropout", "hidden_dropout", "output_dropout"), 0.5
+        ),
+    )
+    for dropout in model.dropouts:
+        mask = numpy(dropout(np.ones((3, 7, 8), np.float32), training=True))
+        is_locked = (mask == mask[:, :1]).all()
+        assert is_locked == locked
+        assert (mask[0] != mask[1]).any()  # another one for each row
+        assert set(np.unique(mask)) == {0.0, 2.0}
+
+
+def test_activation_regularization_is_that_of_its_paper(rng):
+    alpha, beta = 0.7, 0.4
+    model = small_model(
+        activation_regularization=alpha,
+        temporal_activation_regularization=beta,
+    )
+    model.build((2, 5))
+    model.compile(keras.optimizers.SGD(0.0))
+    ids = rng.integers(V, size=(2, 5)).astype(np.int32)
+    outputs = numpy(model._read(ids, None, False)[0]).astype(np.float64)
+    expected = alpha * np.mean(outputs**2)
+    expected += beta * np.mean((outputs[:, 1:] - outputs[:, :-1]) ** 2)
+    nats = oracles.negative_log_likelihood(numpy(model(ids)), ids).mean()
+    got = model.train_on_batch(ids, ids, return_dict=True)
+    assert got["loss"] == pytest.approx(nats + expected, rel=1e-5)  # float32
+    # What is reported is the perplexity alone, and so is an evaluation.
+    assert got["perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
+    got = model.test_on_batch(ids, ids, return_dict=True)
+    assert got["loss"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_activations_are_regularized_as_they_go_to_the_logits():
+    """AR is of the outputs after dropout, TAR of those before."""
+    model = small_model(
+        output_dropout=0.5,
+        locked_dropout=True,
+        activation_regularization=1.0,
+    )
+    costs = []
+    model.add_loss = costs.append
+    outputs = keras.ops.ones((1, 3, 4))
+    model._regularize(outputs, 2 * outputs)
+    assert [float(cost) for cost in costs] == [4.0]
+    model.settings["temporal_activation_regularization"] = 1.0
+    steps = keras.ops.cumsum(outputs, axis=1)
+    model._regularize(3 * steps, 2 * outputs)
+    assert [float(cost) for cost in costs] == [4.0, 4.0, 9.0]
+
+
+def test_regularizers_change_nothing_outside_of_training(rng):
+    plain, model = small_model(), small_model(**REGULARIZERS)
+    ids = rng.integers(V, size=(2, 5)).astype(np.int32)
+    np.testing.assert_array_equal(numpy(plain(ids)), numpy(model(ids)))
+
+
+def test_regularizers_keep_the_kernel(rng):
+    kernels = []
+    for settings in ({}, REGULARIZERS):
+        model = small_model(carry_state=True, **settings)
+        model.compile()
+        model.fit(datasets(rng)["streams"], verbose=0)
+        kernels.append(ops.last_kernel())
+    assert kernels[0] == kernels[1]
+    fast = {
+        "jax": "jax: scan",
+        "torch": "torch: onednn",
+        "tensorflow": "tensorflow: loop",
+    }
+    assert kernels[0] == fast[BACKEND]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="see the views in test_layers")
+def test_regularizers_keep_cudnn(rng, monkeypatch):
+    """No GPU to run it: that cuDNN is what a training step calls."""
+    ids = rng.integers(V, size=(2, 5)).astype(np.int32)
+    if BACKEND == "jax":
+        import jax
+        from jax.experimental import rnn
+
+        def lstm(x, h0, c0, *_, hidden_size, **__):
+            return x[..., :1] + jax.numpy.zeros(hidden_size), h0, c0
+
+        monkeypatch.setattr(rnn, "lstm", lstm)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        small_model(**REGULARIZERS)(ids, training=True)
+        assert ops.last_kernel() == "jax: cudnn"
+        return
+    import tensorflow as tf
+
+    from multilstm.ops import tensorflow
+
+    monkeypatch.setattr(tensorflow, "_has_gpu", lambda: True)
+    model = small_model(**REGULARIZERS)
+    model.build((2, 5))
+    step = tf.function(lambda ids: model(ids, training=True))
+    graph = step.get_concrete_function(tf.constant(ids)).graph
+    kinds = {operation.type for operation in graph.get_operations()}
+    assert "CudnnRNNV3" in kinds
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_dropout": 1.0}, "`weight_dropout` must be from 0"),
+        ({"embedding_dropout": -0.1}, "`embedding_dropout` must be from 0"),
+        ({"activation_regularization": -1.0}, "must be 0 or more"),
+        ({"initializer": "he"}, "uniform, torch, torch_normal; received 'he'"),
+        (
+            {"initializer": "torch", "initializer_scale": None},
+            "needs `initializer_scale`",
+        ),
+    ],
+)
+def test_bad_settings_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        small_model(**settings)
+
+
+def test_torchs_initial_weights_have_torchs_spread():
+    model = LanguageModel(
+        500,
+        units=400,
+        num_layers=1,
+        tied_embeddings=True,
+        initializer="torch_normal",
+        initializer_scale=1.0,
+    )
+    model.build((1, 1))
+    table, kernel, recurrent, bias, logits_bias = model.get_weights()
+    # Of so many draws the spread is known to a percent or two.
+    assert table.std() == pytest.approx(1.0, rel=0.02)
+    for weight in (kernel, recurrent):
+        assert 0.049 < np.abs(weight).max() <= 0.05  # 1 / sqrt(400)
+        assert weight.std() == pytest.approx(0.05 / np.sqrt(3), rel=0.02)
+    # PyTorch's two biases together: twice the variance.
+    assert bias.std() == pytest.approx(0.05 * np.sqrt(2 / 3), rel=0.1)
+    assert (logits_bias == 0).all()
+
+
+# Batches of varying length ----------------------------------------------------
+
+
+def test_rate_is_in_proportion_to_the_length_of_a_batch(rng):
+    """One step on 5 of 10 words: half of the step at the full rate."""
+    ids = rng.integers(V, size=11).astype(np.int32)
+    steps = []
+    for data, rate in (
+        (VariableStreams(ids[:6], 10, 1, std=0.0, bucket=5), 1.0),
+        (ContinuousStreams(ids[:6], 5, 1, drop_remainder=True), 0.5),
+    ):
+        model = small_model()
+        model.build((1, 5))
+        before = model.get_weights()
+        model.compile(SGD(rate))
+        model.fit(data, verbose=0)
+        assert len(data) == 1
+        pairs = zip(before, model.get_weights(), strict=True)
+        steps.append([new - old for old, new in pairs])
+    for got, expected in zip(*steps, strict=True):
+        np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+def test_lengths_vary_within_a_fit_and_the_state_goes_on(rng):
+    ids = rng.integers(V, size=201).astype(np.int32)
+    model, other = (small_model(carry_state=True) for _ in range(2))
+    streams = VariableStreams(ids, 20, 2, std=6.0, half_share=0.3)
+    assert len(set(streams.lengths)) > 2
+    for one in (model, other):
+        one.build((2, 20))
+        one.compile(SGD(0.5))
+    model.fit(streams, verbose=0, shuffle=False)
+    for length, (inputs, targets) in zip(streams.lengths, streams, strict=True):
+        other.optimizer.learning_rate = 0.5 * length / 20
+        other.train_on_batch(inputs, targets)
+    assert float(model.optimizer.learning_rate) == 0.5
+    for got, expected in zip(
+        model.get_weights(), other.get_weights(), strict=True
+    ):
+        # float32, some steps long.
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_that_cannot_follow_the_lengths_is_refused(rng):
+    model = small_model()
+    model.compile(keras.optimizers.SGD(0.5))
+    with pytest.raises(UserError, match=r"multilstm\.optimizers"):
+        model.fit(VariableStreams(np.arange(11) % V, 5, 1), verbose=0)
+
+
+def test_mixed_bfloat16_trains_as_float32_does(rng):
+    """Not so exactly: bfloat16 has 8 bits, a share of 0.4 % each."""
+    ids = rng.integers(V, size=(4, 30)).astype(np.int32)
+    losses = []
+    for dtype in ("float32", "mixed_bfloat16"):
+        model = small_model(units=16, dtype=dtype)
+        model.build((4, 29))
+        model.compile(keras.optimizers.Adam(0.02))
+        losses.append(
+            [model.train_on_batch(ids[:, :-1], ids[:, 1:]) for _ in range(20)]
+        )
+        assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    losses = np.array(losses)[:, :, 0] if np.ndim(losses) == 3 else losses
+    full, mixed = np.array(losses)
+    assert full[-1] < full[0] - 0.3
+    np.testing.assert_allclose(mixed, full, rtol=0.02)

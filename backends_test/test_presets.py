@@ -1,5 +1,7 @@
 """The numbers of the sources, by hand, and what is made of them."""
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ from multilstm.presets import find_preset
         # Divided by 1.15 from epoch 14 on: 35 / 1.15 = 30.434783.
         ("zaremba_large", {0: 35, 13: 35, 14: 30.434783, 15: 26.465028}),
         ("tutorial", {0: 0.001, 49: 0.001}),
+        # Adam's step does not depend on how the loss is summed.
+        ("adam_512", {0: 0.01, 29: 0.01}),
+        ("awd", {0: 30, 499: 30}),
     ],
 )
 def test_learning_rate_of_each_epoch(name, rates):
@@ -37,9 +42,11 @@ def test_learning_rate_of_each_epoch(name, rates):
         ("zaremba_large", 10 / 35),
         ("small", 1.0),
         ("tutorial", None),
+        ("adam_512", 2 / (128 * 32)),
+        ("awd", 0.25),
     ],
 )
-def test_norm_is_scaled_only_for_losses_summed_over_time(name, norm):
+def test_norm_is_scaled_only_for_losses_that_are_summed(name, norm):
     assert PRESETS[name].clip_norm_of_mean() == norm
 
 
@@ -69,8 +76,14 @@ def test_tutorial_is_the_tutorials_stack(rng):
         "input_dropout": 0.0,
         "hidden_dropout": 0.0,
         "output_dropout": 0.5,
+        "locked_dropout": False,
+        "embedding_dropout": 0.0,
+        "weight_dropout": 0.0,
+        "activation_regularization": 0.0,
+        "temporal_activation_regularization": 0.0,
         "tied_embeddings": False,
         "initializer_scale": None,
+        "initializer": "uniform",
         "unit_forget_bias": True,
         "carry_state": False,
     }
@@ -134,3 +147,110 @@ def test_unknown_preset_is_refused_with_the_names_there_are():
 def test_each_preset_goes_by_its_name_and_has_a_source(name):
     assert find_preset(name).name == name
     assert find_preset(name).source
+
+
+def plateaus(preset, cross_entropies):
+    return [
+        preset.learning_rate_of(len(before), np.exp(before))
+        for before in (
+            cross_entropies[:n] for n in range(len(cross_entropies) + 1)
+        )
+    ]
+
+
+def test_rate_falls_where_the_validation_does_not():
+    preset = replace(
+        PRESETS["adam_512"], plateau_patience=1, plateau_threshold=0.01
+    )
+    # Of 5 a hundredth is 0.05: 4.97 is no better, nor is the one after it.
+    rates = plateaus(preset, [5.0, 4.97, 4.96, 4.9, 5.0, 5.0, 5.0, 5.0])
+    falls = [0, 0, 0, 1, 1, 1, 2, 2, 3]
+    np.testing.assert_allclose(rates, 0.01 * 0.25 ** np.array(falls))
+
+
+def test_rate_falls_at_once_without_patience():
+    # PyTorch's example: any epoch that is not better.
+    rates = plateaus(PRESETS["pytorch_650_tied"], [5.0, 4.9, 4.9, 4.8, 5.0])
+    np.testing.assert_allclose(rates, [20, 20, 20, 5, 5, 1.25])
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="PyTorch has the schedule"
+)
+def test_plateaus_are_those_of_pytorchs_schedule(rng):
+    import torch
+
+    losses = 5 - np.cumsum(rng.normal(0.002, 0.01, 60))
+    for patience, threshold in ((0, 0.0), (1, 1e-3), (3, 1e-2)):
+        preset = replace(
+            PRESETS["adam_512"],
+            plateau_patience=patience,
+            plateau_threshold=threshold,
+        )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.01)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            factor=0.25,
+            patience=patience,
+            threshold=threshold,
+            eps=0,
+        )
+        truth = [0.01]
+        for loss in losses:
+            schedule.step(loss)
+            truth.append(optimizer.param_groups[0]["lr"])
+        np.testing.assert_allclose(plateaus(preset, losses), truth)
+
+
+def test_rate_grows_in_the_warm_up():
+    preset = replace(PRESETS["tutorial"], warmup_epochs=3, learning_rate=8.0)
+    rates = [preset.learning_rate_of(epoch) for epoch in range(5)]
+    assert rates == [2.0, 4.0, 6.0, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("name", ["adam_512", "awd", "pytorch_650_tied"])
+def test_preset_trains_a_step(name, rng):
+    """Made small, which changes neither its dropouts nor its optimizer."""
+    preset = PRESETS[name]
+    units = 4 if isinstance(preset.units, int) else (6, 5, 4)
+    small = replace(preset, units=units, embedding_dim=4)
+    model = LanguageModel(9, **small.architecture(), preset=name)
+    model.build((2, 3))
+    assert model.count_params() == small.num_parameters(9)
+    model.compile()
+    before = model.get_weights()
+    ids = rng.integers(9, size=(2, 3)).astype(np.int32)
+    model.fit(ids, ids, batch_size=2, verbose=0)
+    pairs = zip(before, model.get_weights(), strict=True)
+    assert all((old != new).any() for old, new in pairs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("units", [3, (5, 4)])
+def test_parameters_are_counted_as_they_are_built(units, tied):
+    preset = replace(
+        PRESETS["small"], units=units, embedding_dim=4, tied_embeddings=tied
+    )
+    model = LanguageModel(9, **preset.architecture())
+    model.build((10, 1))
+    assert model.count_params() == preset.num_parameters(9)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("zaremba_small", 4_651_600),
+        ("zaremba_medium", 19_775_200),
+        ("zaremba_large", 66_022_000),
+        ("press_wolf_large", 51_022_000),
+        ("adam_512", 9_328_400),
+        ("awd", 24_210_800),
+    ],
+)
+def test_size_is_that_of_the_published_model(name, parameters):
+    """By hand: embeddings, 4 gates a layer, logits' weights and biases.
+
+    PyTorch's models have a second bias for each gate: AWD's 24,221,600
+    parameters are 4 (1150 + 1150 + 400) more.
+    """
+    assert PRESETS[name].num_parameters(10_000) == parameters

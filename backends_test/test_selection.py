@@ -9,10 +9,13 @@ import keras
 import pytest
 
 from multilstm import selection
+from multilstm.choices import save_choice, shape_class
+from multilstm.devices import device_and_driver
 from multilstm.errors import UserError
 from multilstm.selection import (
     BACKENDS,
     compare,
+    describe_presets,
     find_pythons,
     is_installed,
     largest_difference,
@@ -347,3 +350,43 @@ def test_largest_difference_is_that_worked_by_hand():
     assert of([200, 100]) is None
     assert of([200], []) is None
     assert of() is None
+
+
+# Presets --------------------------------------------------------------------
+
+
+def test_time_of_a_preset_comes_from_what_was_chosen_here():
+    assert {row["seconds"] for row in describe_presets()} == {None}
+    device, _ = device_and_driver()
+    shape = {
+        "units": [200, 200],
+        "embedding_dim": 200,
+        "batch_size": 20,
+        "sequence_length": 20,
+        "vocabulary_size": 10_000,
+        "tied": False,
+    }
+    save_choice(
+        {
+            "made": "2026-11-25",
+            "device": device,
+            "driver": None,
+            "dtype": "float32",
+            "shape_class": shape_class(shape),
+            "shape_line": "",
+            "shape": shape,
+            "backend": "jax",
+            "ranking": ["jax"],
+            "equal_within_noise": [],
+            "tokens_per_second": {"jax": 13_000},
+            "versions": {},
+        }
+    )
+    rows = {row["preset"]: row for row in describe_presets(num_tokens=2_000)}
+    small, medium = rows["zaremba_small"], rows["zaremba_medium"]
+    assert (small["seconds"], small["is_measured_shape"]) == (2.0, True)
+    # In proportion to 4 * 400 * 200 * 2 + 200 * 10,000 products and biases
+    # of a word, 2,651,600, against 13,275,200.
+    expected = 39 * 2_000 / 13_000 * 13_275_200 / 2_651_600
+    assert medium["seconds"] == pytest.approx(expected, abs=0.06)
+    assert (medium["backend"], medium["is_measured_shape"]) == ("jax", False)

@@ -198,7 +198,7 @@ def test_best_weights_are_not_the_last_where_the_last_are_worse(
     """The rate of the third epoch ruins the model."""
     rates = {0: 0.01, 1: 0.01, 2: 10.0}
     monkeypatch.setattr(
-        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e: rates[e]
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, _: rates[e]
     )
     result = train()
     perplexities = [row["valid_perplexity"] for row in result["history"]]
@@ -268,7 +268,7 @@ def test_training_stops_where_a_perplexity_is_reached(train):
 def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
     monkeypatch.setattr(
-        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e: rates[e]
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, _: rates[e]
     )
     result = train(epochs=9, patience=2)
     assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
@@ -283,7 +283,7 @@ def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
 # Going on
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny_windows"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny_windows", "tiny_awd"])
 def test_run_that_goes_on_ends_as_one_that_never_stopped(preset, train, whole):
     expected, expected_weights = whole(preset)
     train("parts", preset=preset, epochs=1)
@@ -294,7 +294,7 @@ def test_run_that_goes_on_ends_as_one_that_never_stopped(preset, train, whole):
         np.testing.assert_allclose(weight, other, **SAME)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny_windows"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny_windows", "tiny_awd"])
 def test_crash_within_an_epoch_costs_no_more_than_a_checkpoint(
     preset, train, whole, stop_after, monkeypatch, steps_at_once
 ):
@@ -427,7 +427,7 @@ def test_loss_that_is_no_number_stops_the_run(
         train(epochs=good_epochs)
         before = RunFolder(tmp_path / "run").checkpoint.read_bytes()
     monkeypatch.setattr(
-        type(PRESETS["tiny"]), "learning_rate_of", lambda self, epoch: np.inf
+        type(PRESETS["tiny"]), "learning_rate_of", lambda *_: np.inf
     )
     kept = "epoch 1 is kept" if good_epochs else "no epoch was completed"
     message = f"became nan in epoch {good_epochs + 1}, batch .*{kept}"
@@ -504,7 +504,126 @@ def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
         load_run_corpus(config)
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "sequence_length"])
+# What published recipes need
+
+
+def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
+    preset = replace(PRESETS["tiny_awd"], averaging="always")
+    monkeypatch.setitem(PRESETS, "tiny_awd", preset)
+    kept = []
+    start = training_module.make_optimizer
+
+    def make(plan):
+        kept.append(start(plan))
+        return kept[0]
+
+    monkeypatch.setattr(training_module, "make_optimizer", make)
+    result = train(preset="tiny_awd", epochs=1)
+    [optimizer] = kept
+    [row] = result["history"]
+    assert row["averaged_steps"] == int(optimizer.num_averaged) > 5
+    model, _, config = load_run(result["run"])
+    for weight, average in zip(
+        model.weights, optimizer.averages_of, strict=True
+    ):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(weight),
+            keras.ops.convert_to_numpy(average),
+        )
+    valid = evaluate(model, load_run_corpus(config).valid).perplexity
+    assert row["valid_perplexity"] == pytest.approx(valid, rel=1e-5)
+
+
+def test_averaging_begins_where_the_validation_is_not_monotone(
+    train, monkeypatch
+):
+    preset = replace(PRESETS["tiny_awd"], plateau_factor=None)
+    monkeypatch.setitem(PRESETS, "tiny_awd", preset)
+    rows = train(preset="tiny_awd", epochs=5)["history"]
+    valid = [row["valid_perplexity"] for row in rows]
+    worse = [preset.is_non_monotone(valid[:n]) for n in range(1, len(valid))]
+    first = worse.index(True) + 1  # the first epoch that is averaged
+    averaged = [row["averaged_steps"] for row in rows]
+    assert averaged[:first] == [0.0] * first
+    assert 0 < averaged[first] < averaged[-1] or first == len(rows) - 1
+
+
+def test_training_may_end_where_the_validation_is_not_monotone(
+    train, monkeypatch
+):
+    preset = replace(PRESETS["tiny_awd"], stops_non_monotone=True)
+    monkeypatch.setitem(PRESETS, "tiny_awd", preset)
+    result = train(preset="tiny_awd", epochs=30)
+    valid = [row["valid_perplexity"] for row in result["history"]]
+    assert result["status"] == "finished"
+    assert len(valid) < 30
+    assert preset.is_non_monotone(valid)
+    assert not preset.is_non_monotone(valid[:-1])
+
+
+def test_run_begins_with_the_best_weights_of_another(train, monkeypatch):
+    before = train("before", epochs=1)
+    model, *_ = load_run(before["run"])
+    preset = replace(PRESETS["tiny"], starts_from="tiny")
+    monkeypatch.setitem(PRESETS, "tiny", preset)
+    result = train("after", epochs=1, starts_from=before["run"])
+    assert result["initial_weights_sha256"] == weights_sha256(model)
+    with pytest.raises(UserError, match=r"--starts-from"):
+        train("alone", epochs=1)
+    with pytest.raises(UserError, match="others"):
+        train("other", preset="tiny_awd", starts_from=before["run"])
+
+
+def test_only_the_first_words_are_trained_on(train):
+    few = train("few", epochs=1, train_tokens=100)
+    times = few["history"][0]
+    # Three rows of 33 words: six steps of five.
+    words = times["tokens_per_second"] * times["seconds"]
+    assert words == pytest.approx(6 * 15, rel=0.02)  # rounded seconds
+    assert few["train_tokens"] == 100
+
+
+def test_precision_is_noted_and_kept(train):
+    result = train(epochs=1, precision="mixed_bfloat16")
+    assert result["precision"] == "mixed_bfloat16"
+    # bfloat16 of a short run: within a few percent of float32's.
+    full = train("full", epochs=1)
+    assert full["precision"] == "float32"
+    assert result["valid_perplexity"] != full["valid_perplexity"]
+    assert result["valid_perplexity"] == pytest.approx(
+        full["valid_perplexity"], rel=0.05
+    )
+
+
+def test_accumulated_steps_are_fewer(train, monkeypatch):
+    counts = []
+    finish = training_module._finish
+
+    def count(model, *arguments):
+        counts.append(model.optimizer.gradient_accumulation_steps)
+        return finish(model, *arguments)
+
+    monkeypatch.setattr(training_module, "_finish", count)
+    train(epochs=1, gradient_accumulation_steps=2)
+    assert counts == [2]
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_other_precisions_are_refused(train, precision):
+    with pytest.raises(UserError, match="float32, mixed_bfloat16; received"):
+        train(precision=precision)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "epochs",
+        "batch_size",
+        "sequence_length",
+        "gradient_accumulation_steps",
+        "train_tokens",
+    ],
+)
 def test_sizes_below_one_are_refused(name, train, tmp_path):
     with pytest.raises(UserError, match=f"`{name}` must be at least 1.*0"):
         train(**{name: 0})

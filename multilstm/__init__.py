@@ -21,6 +21,7 @@ _HOME = {
     "Vocabulary": "vocabulary",
     "NextWordWindows": "dataset",
     "ContinuousStreams": "dataset",
+    "VariableStreams": "dataset",
     "LSTM": "layers",
     "Embedding": "layers",
     "ResetCarriedState": "layers",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from multilstm.corpus import read_words as read_words
     from multilstm.dataset import ContinuousStreams as ContinuousStreams
     from multilstm.dataset import NextWordWindows as NextWordWindows
+    from multilstm.dataset import VariableStreams as VariableStreams
     from multilstm.errors import UserError as UserError
     from multilstm.evaluation import evaluate as evaluate
     from multilstm.generation import generate as generate

@@ -21,6 +21,7 @@ from multilstm.files import finite_or_none, write_json
 from multilstm.presets import find_preset
 from multilstm.selection import (
     compare,
+    describe_presets,
     find_pythons,
     parse_pythons,
     select_backend,
@@ -59,8 +60,7 @@ class Train(OnBackend):
     """Train a preset on a corpus, into a run folder."""
 
     preset: str | None = None
-    """small, tutorial, zaremba_small, zaremba_medium, zaremba_large.
-    Default: small."""
+    """A name of `multilstm presets`. Default: small."""
     corpus: str | None = None
     """python-docs, ptb, or a folder with *train*.txt, *valid*.txt and
     *test*.txt. Default: python-docs."""
@@ -74,6 +74,14 @@ class Train(OnBackend):
     """Steps of back-propagation. Default: the preset's."""
     learning_rate: float | None = None
     """Of the first epochs. Default: the preset's."""
+    gradient_accumulation_steps: int | None = None
+    """Batches whose gradients make one step. Default: the preset's."""
+    precision: Literal["float32", "mixed_bfloat16"] | None = None
+    """Of products; the weights are float32 in both. Default: float32."""
+    starts_from: Path | None = None
+    """Run whose best weights to begin with, as awd_finetune does."""
+    train_tokens: int | None = None
+    """Use only so many of the first words of the training text."""
     seed: int | None = None
     """For initial weights and dropout. Default: 0."""
     patience: int | None = None
@@ -239,6 +247,16 @@ class Choose(Measure):
     """Choose by this bench.json, made on this device, and measure nothing."""
     write_keras_json: bool = False
     """Make it Keras's own default too."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Presets(Common):
+    """List the presets: sizes, published and measured perplexities, time."""
+
+    vocabulary_size: int = 10_000
+    """Words of the vocabulary, for the size."""
+    tokens: int = 929_589
+    """Words of the training text, for the time. Default: Penn Treebank's."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -538,6 +556,55 @@ def _tell_choices(
     return choice
 
 
+def run_presets(options: Presets, console: Console) -> dict[str, Any]:
+    for name in ("vocabulary_size", "tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least 1; received "
+                f"{getattr(options, name)}."
+            )
+    rows = describe_presets(options.vocabulary_size, options.tokens)
+    table = Table(title="perplexity on PTB, valid / test")
+    for heading in ("preset", "weights", "epochs", "published", "measured"):
+        table.add_column(heading)
+    table.add_column("time here")
+    for row in rows:
+        table.add_row(
+            row["preset"],
+            f"{row['parameters'] / 1e6:.1f}M",
+            str(row["epochs"]),
+            _pair(row["published_valid"], row["published_test"]),
+            "\n".join(
+                f"{_pair(m['valid'], m['test'])} ({m['backend']})"
+                for m in row["measured"]
+            )
+            or "-",
+            _time_here(row),
+        )
+    console.print(table)
+    for row in rows:
+        console.print(_plain(f"{row['preset']}: {row['source']}"))
+    if all(row["seconds"] is None for row in rows):
+        console.print(
+            "No time is known: `multilstm choose --preset NAME` measures it."
+        )
+    return {"presets": rows}
+
+
+def _pair(valid: float | None, test: float | None) -> str:
+    figures = ["-" if f is None else f"{f:g}" for f in (valid, test)]
+    return "-" if figures == ["-", "-"] else " / ".join(figures)
+
+
+def _time_here(row: dict[str, Any]) -> str:
+    from multilstm.progress import clock
+
+    if row["seconds"] is None:
+        return "-"
+    about = "" if row["is_measured_shape"] else "about "
+    return f"{about}{clock(row['seconds'])} ({row['backend']})"
+
+
 def run_doctor(options: Doctor, console: Console) -> dict[str, Any]:
     from multilstm.doctor import doctor
     from multilstm.report import doctor_lines
@@ -632,6 +699,7 @@ COMMANDS: dict[type, Callable[[Any, Console], dict[str, Any]]] = {
     Compare: run_compare,
     Bench: run_bench,
     Choose: run_choose,
+    Presets: run_presets,
     Doctor: run_doctor,
     Report: run_report,
 }
@@ -678,7 +746,7 @@ def _shape_of(options: Train) -> dict[str, Any]:
     """The sizes for which a backend may have been chosen."""
     preset = find_preset(options.preset or "small")
     return {
-        "units": [preset.units] * preset.num_layers,
+        "units": preset.units_of_layers,
         "batch_size": max(options.batch_size or preset.batch_size, 1),
         "sequence_length": max(
             options.sequence_length or preset.sequence_length, 1

@@ -14,18 +14,21 @@ back-propagation through time):
     row 0    0 1 2 | 3 4 5 |        batch 0: first column of blocks
     row 1    6 7 8 | 9 10 11 |      batch 1: second column
 
-Both are `keras.utils.PyDataset`: batch k is a function of k alone, and arrays
+`VariableStreams` cuts the same rows into blocks of varying length.
+
+All are `keras.utils.PyDataset`: batch k is a function of k alone, and arrays
 that were handed out are never written again. The tutorial's generator yields
 one buffer again and again; with a queue in front of it, it trains on batches
 that are overwritten while they wait.
 
-Both take Keras's `workers` and `use_multiprocessing`, though a batch of ids
+They take Keras's `workers` and `use_multiprocessing`, though a batch of ids
 takes microseconds. Processes need `multiprocessing.set_start_method("spawn")`:
 frameworks have threads that do not survive a fork. And Keras 3.15 reads ahead
 to build a model in `fit` and hands out later what it had read: with workers,
 build the model and its loss before (`train_on_batch`), for the text's order.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -256,6 +259,128 @@ class ContinuousStreams(keras.utils.PyDataset):
         )
 
 
+class VariableStreams(keras.utils.PyDataset):
+    """`ContinuousStreams` for training, its batches of varying length.
+
+    So that words do not stand at the same place of a batch in every epoch.
+    Each length is drawn: normal around `sequence_length`, or around half of
+    it, then rounded to a multiple of `bucket`. So there are only a dozen
+    lengths, and a backend that compiles does so only a dozen times.
+    `LanguageModel.fit` makes the learning rate of each batch proportional to
+    its length, as the loss is a mean over it.
+
+    Args:
+        token_ids: int32 array of shape `(num_tokens,)`.
+        sequence_length: Usual steps of back-propagation (`bptt`).
+        batch_size: Number of rows.
+        std: Standard deviation of the lengths, in steps.
+        half_share: Of the batches, those around half the length, in 0..1.
+        bucket: Lengths are multiples of it; tokens at the end of the rows
+            that do not fill one are left out.
+        seed: For the lengths, one number or several: take another one for
+            every epoch.
+        **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
+            `keras.utils.PyDataset`.
+
+    Returns (an item):
+        `(inputs, targets)`: int32 arrays of shape `(batch_size, lengths[k])`.
+
+    Raises:
+        UserError: If ids or a size are not as above, or the text is too
+            short for one batch.
+
+    Reference:
+        Merity et al., 2018, arXiv:1708.02182, section 4.1.
+
+    Example:
+    >>> streams = VariableStreams(np.arange(101), 20, 2, std=5.0)
+    >>> streams.lengths.tolist()
+    [20, 10, 10, 5, 5]
+    >>> [inputs[:, 0].tolist() for inputs, targets in streams]
+    [[0, 50], [20, 70], [30, 80], [40, 90], [45, 95]]
+    """
+
+    is_sliced = False
+    varies = True
+
+    def __init__(
+        self,
+        token_ids: TokenIds,
+        sequence_length: int,
+        batch_size: int,
+        *,
+        std: float = 5.0,
+        half_share: float = 0.05,
+        bucket: int = 5,
+        seed: int | Sequence[int] = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.token_ids = _read_only(token_ids)
+        self.sequence_length = _positive("sequence_length", sequence_length)
+        self.batch_size = _positive("batch_size", batch_size)
+        bucket = _positive("bucket", bucket)
+        if not (std >= 0 and 0 <= half_share <= 1):
+            raise UserError(
+                "`std` must be 0 or more and `half_share` from 0 to 1; "
+                f"received {std} and {half_share}."
+            )
+        self.row_length = (len(self.token_ids) - 1) // batch_size
+        if self.row_length < bucket:
+            raise UserError(
+                f"batch_size={batch_size} rows of {bucket} steps need at least "
+                f"{batch_size * bucket + 1} tokens; received "
+                f"{len(self.token_ids)}. Use fewer rows or more text."
+            )
+        self.lengths = _draw_lengths(
+            np.random.default_rng(seed),
+            self.row_length // bucket * bucket,
+            sequence_length,
+            std=std,
+            half_share=half_share,
+            bucket=bucket,
+        )
+        self._firsts = np.cumsum(self.lengths) - self.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[TokenIds, TokenIds]:
+        if _index(index) >= len(self):
+            raise IndexError(
+                f"There are {len(self)} batches; asked for number {index}."
+            )
+        shape = (self.batch_size, self.row_length)
+        size = shape[0] * shape[1]
+        first = self._firsts[index]
+        columns = slice(first, first + self.lengths[index])
+        return (
+            self.token_ids[:size].reshape(shape)[:, columns],
+            self.token_ids[1 : size + 1].reshape(shape)[:, columns],
+        )
+
+
+def _draw_lengths(
+    generator: np.random.Generator,
+    total: int,
+    usual: int,
+    *,
+    std: float,
+    half_share: float,
+    bucket: int,
+) -> NDArray[np.int64]:
+    """Multiples of `bucket` that sum to `total`, which is one too."""
+    most = total // bucket + 1  # draws, should each be the shortest
+    half = generator.random(most) < half_share
+    drawn = generator.normal(np.where(half, usual / 2, usual), std)
+    lengths = bucket * np.maximum(1, np.rint(drawn / bucket).astype(np.int64))
+    ends = np.cumsum(lengths)
+    num_batches = int(np.searchsorted(ends, total)) + 1
+    lengths = lengths[:num_batches]
+    lengths[-1] -= ends[num_batches - 1] - total
+    return lengths
+
+
 class RowStarts(keras.utils.PyDataset):
     """Only where rows begin, for a model that has the text on its device.
 
@@ -265,6 +390,8 @@ class RowStarts(keras.utils.PyDataset):
     Returns (an item):
         `(row_starts,)`: int32 array of shape `(batch_size,)`.
     """
+
+    is_sliced = True
 
     def __init__(self, batches: Any) -> None:
         super().__init__()

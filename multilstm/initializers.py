@@ -13,7 +13,7 @@ import numpy as np
 
 from multilstm.errors import UserError
 
-KINDS = ("uniform", "glorot_uniform", "orthogonal")
+KINDS = ("uniform", "normal", "glorot_uniform", "orthogonal")
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -21,8 +21,9 @@ class NumPyInitializer(keras.initializers.Initializer):
     """Draws what a Keras initializer of that name draws, with NumPy.
 
     Args:
-        kind: `"uniform"`, `"glorot_uniform"` or `"orthogonal"`.
-        scale: Half the width of `"uniform"`; not used by the others.
+        kind: `"uniform"`, `"normal"`, `"glorot_uniform"` or `"orthogonal"`.
+        scale: Half the width of `"uniform"`, the standard deviation of
+            `"normal"`; not used by the others.
         seed: One number or several, for `numpy.random.default_rng`.
 
     Reference:
@@ -53,6 +54,8 @@ class NumPyInitializer(keras.initializers.Initializer):
         generator = np.random.default_rng(self.seed)
         if self.kind == "orthogonal":
             values = _orthogonal(generator, *shape)
+        elif self.kind == "normal":
+            values = generator.normal(0, self.scale, shape)
         else:
             limit = self.scale
             if self.kind == "glorot_uniform":

@@ -61,6 +61,10 @@ class LSTM(keras.layers.Layer):
         bias_constraint: For the biases.
         dropout: Share of the inputs to drop, in 0..1, one mask for all time
             steps (locked dropout).
+        weight_dropout: Share of the recurrent kernel's weights to drop, in
+            0..1, one mask for a whole batch (DropConnect; Wan et al., 2013,
+            as Merity et al., 2018, section 2, use it). The kernels that run
+            are the same: they are given other weights.
         return_sequences: Whether to return the outputs of all time steps.
         return_state: Whether to return the final states after the output.
         go_backwards: Whether to read the sequence from its end; the outputs
@@ -69,7 +73,7 @@ class LSTM(keras.layers.Layer):
             batch before ended, row by row. Needs a fixed batch size.
             `reset_state()` or the callback `ResetCarriedState` returns to
             zeros.
-        seed: For the dropout mask.
+        seed: For the dropout masks.
         **kwargs: Of `keras.layers.Layer`: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -118,6 +122,7 @@ class LSTM(keras.layers.Layer):
         recurrent_constraint: Any = None,
         bias_constraint: Any = None,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         return_sequences: bool = False,
         return_state: bool = False,
         go_backwards: bool = False,
@@ -168,6 +173,10 @@ class LSTM(keras.layers.Layer):
         self.input_dropout = keras.layers.SpatialDropout1D(
             dropout, seed=seed, dtype=self.dtype_policy
         )
+        self.weight_dropout = weight_dropout
+        self.weight_drop = keras.layers.Dropout(
+            weight_dropout, seed=seed, dtype=self.dtype_policy
+        )
         self.carried = _CarriedState(name="carried") if carry_state else None
 
     def build(self, sequences_shape: tuple[int | None, ...]) -> None:
@@ -215,7 +224,7 @@ class LSTM(keras.layers.Layer):
             sequences = ops.flip(sequences, axis=1)
             mask = None if mask is None else ops.flip(mask, axis=1)
         h0, c0 = self.read_state(sequences, initial_state)
-        y, h, c = lstm(sequences, h0, c0, *self.read_weights(), mask)
+        y, h, c = lstm(sequences, h0, c0, *self.read_weights(training), mask)
         if initial_state is None:
             self.write_state(h, c)
         output = y if self.return_sequences else h
@@ -230,13 +239,15 @@ class LSTM(keras.layers.Layer):
         h, c = (ops.cast(state, self.compute_dtype) for state in initial_state)
         return h, c
 
-    def read_weights(self) -> tuple[Any, Any, Any]:
+    def read_weights(self, training: bool | None) -> tuple[Any, Any, Any]:
         """Kernel, recurrent kernel and bias, as `ops.lstm` takes them."""
         bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
         kernel, recurrent_kernel, bias = (
             ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
             for weight in (self.kernel, self.recurrent_kernel, bias)
         )
+        if training and self.weight_dropout:
+            recurrent_kernel = self.weight_drop(recurrent_kernel, training=True)
         return kernel, recurrent_kernel, bias
 
     def write_state(self, h: Any, c: Any) -> None:
@@ -283,6 +294,7 @@ class LSTM(keras.layers.Layer):
             "use_bias": self.use_bias,
             "unit_forget_bias": self.unit_forget_bias,
             "dropout": self.dropout,
+            "weight_dropout": self.weight_dropout,
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,
             "go_backwards": self.go_backwards,
@@ -300,14 +312,18 @@ class LSTM(keras.layers.Layer):
 
 
 def run_stack(
-    layers: list[LSTM], sequence: Any, initial_states: list[State | None]
+    layers: list[LSTM],
+    sequence: Any,
+    initial_states: list[State | None],
+    training: bool | None = None,
 ) -> tuple[Any, list[State]]:
     """Runs LSTM layers on top of each other, in one call where a kernel can.
 
     Args:
-        layers: Layers that have neither dropout nor masks, built.
+        layers: Layers that have neither input dropout nor masks, built.
         sequence: Tensor of shape `(batch, time, features)`.
         initial_states: For each layer as its call argument.
+        training: Whether weight dropout is applied.
 
     Returns:
         The last layer's outputs, `(batch, time, units)`, and for each layer
@@ -317,7 +333,7 @@ def run_stack(
         layer.read_state(sequence, state)
         for layer, state in zip(layers, initial_states, strict=True)
     ]
-    weights = [layer.read_weights() for layer in layers]
+    weights = [layer.read_weights(training) for layer in layers]
     outputs, ends = lstm_stack(sequence, starts, weights)
     for layer, state, end in zip(layers, initial_states, ends, strict=True):
         if state is None:
@@ -385,22 +401,60 @@ class _CarriedState(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class Embedding(keras.layers.Embedding):
-    """`keras.layers.Embedding` whose gradient can be clipped on TensorFlow.
+    """`keras.layers.Embedding` that drops words, and that clips right.
 
     Keras's layer gives TensorFlow a gradient in which a word that occurs
     twice in the batch is listed twice, and clipping takes the norm of that
     list. Here the gradient is dense, the same on every backend.
+
+    Args:
+        *args: Of `keras.layers.Embedding`.
+        dropout: Share of the vocabulary's words to drop, in 0..1, whole
+            vectors and one mask for a batch: wherever a dropped word stands,
+            its vector is zero.
+        seed: For the dropout mask.
+        **kwargs: Of `keras.layers.Embedding`.
+
+    Reference:
+        Gal and Ghahramani, 2016, arXiv:1512.05287, section 4.2; Merity et
+        al., 2018, arXiv:1708.02182, section 4.3.
 
     Example:
     >>> tuple(Embedding(10, 4)(np.array([[1, 2, 2]])).shape)
     (1, 3, 4)
     """
 
-    def call(self, inputs: Any) -> Any:
+    def __init__(
+        self,
+        *args: Any,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.dropout = dropout
+        self.seed = seed
+        self.word_dropout = keras.layers.Dropout(
+            dropout, seed=seed, dtype=self.dtype_policy
+        )
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         token_ids = ops.cast(inputs, "int32")
         table = ops.convert_to_tensor(self.embeddings)
         rows = embedding_lookup(table, token_ids)
-        return ops.cast(rows, self.compute_dtype)
+        rows = ops.cast(rows, self.compute_dtype)
+        if training and self.dropout:
+            ones = ops.ones((self.input_dim, 1), self.compute_dtype)
+            mask = self.word_dropout(ones, training=True)
+            rows = rows * ops.take(mask, token_ids, axis=0)
+        return rows
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "dropout": self.dropout,
+            "seed": self.seed,
+        }
 
 
 class ResetCarriedState(keras.callbacks.Callback):

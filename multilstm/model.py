@@ -3,19 +3,23 @@
     token_ids -> Embedding -> Dropout -> LSTM -> Dropout -> LSTM -> Dropout
     (batch, time)                                -> logits over the vocabulary
 
-The dropouts are those of Zaremba et al.: between layers, never inside the
-recurrence.
+The dropouts are those of Zaremba et al., between layers, or with
+`locked_dropout` those of Gal and Ghahramani, one mask for all time steps. Those
+of Merity et al. come with them: of whole words and of recurrent weights. None
+changes which LSTM kernel runs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
 from keras import ops
 
 from multilstm.dataset import RowStarts
+from multilstm.errors import UserError
 from multilstm.initializers import NumPyInitializer
 from multilstm.layers import (
     LSTM,
@@ -30,8 +34,11 @@ from multilstm.ops import (
     make_train_function,
     steps_per_dispatch,
 )
+from multilstm.optimizers import SGD, Adam
 from multilstm.presets import Preset, find_preset
 from multilstm.projection import Projection
+
+Initialization = Literal["uniform", "torch", "torch_normal"]
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -85,11 +92,28 @@ class LanguageModel(keras.Model):
         input_dropout: Share dropped between embedding and first layer.
         hidden_dropout: Share dropped between layers.
         output_dropout: Share dropped between last layer and logits.
+        locked_dropout: Whether those three use one mask for all time steps
+            (Gal and Ghahramani, 2016) instead of a new one for each.
+        embedding_dropout: Share of the vocabulary's words dropped from a
+            batch's inputs, one mask for the batch.
+        weight_dropout: Share of the recurrent weights dropped, one mask for
+            a batch (DropConnect; Merity et al., 2018).
+        activation_regularization: Times the mean square of what the last
+            layer gives to the logits, added to the loss (AR; Merity et al.,
+            2017, arXiv:1708.01009, section 3).
+        temporal_activation_regularization: Times the mean square of the
+            difference of the last layer's output from step to step (TAR,
+            likewise).
         tied_embeddings: Whether the logits use the embeddings
-            (Press and Wolf, 2017); needs `embedding_dim` to be the last
-            layer's units.
+            (Press and Wolf, 2017). Where `embedding_dim` is not the last
+            layer's units, a product without bias brings those to it.
         initializer_scale: Half the width of the uniform draw of all weights
             and biases. None: as Keras's layers do.
+        initializer: What `initializer_scale` is for: `"uniform"`, everything;
+            `"torch"`, the embeddings, while the LSTMs are drawn uniform up to
+            1 / sqrt(units) as PyTorch does and the logits' biases are zero;
+            `"torch_normal"`, the same with embeddings that are normal with
+            that standard deviation.
         unit_forget_bias: Whether forget biases start at 1, where
             `initializer_scale` is None.
         carry_state: Whether a batch starts from the state in which the one
@@ -124,8 +148,14 @@ class LanguageModel(keras.Model):
         input_dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         output_dropout: float = 0.0,
+        locked_dropout: bool = False,
+        embedding_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        activation_regularization: float = 0.0,
+        temporal_activation_regularization: float = 0.0,
         tied_embeddings: bool = False,
         initializer_scale: float | None = None,
+        initializer: Initialization = "uniform",
         unit_forget_bias: bool = True,
         carry_state: bool = False,
         seed: int = 0,
@@ -137,12 +167,7 @@ class LanguageModel(keras.Model):
             units = [units] * num_layers
         units_of = list(units)
         embedding_dim = embedding_dim or units_of[-1]
-        if tied_embeddings and embedding_dim != units_of[-1]:
-            raise ValueError(
-                "`tied_embeddings` needs embedding_dim == units; received "
-                f"{embedding_dim} and {units_of[-1]} (of the last layer). "
-                "Make them equal."
-            )
+        _check_settings(locals())
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
             "units": units_of,
@@ -151,8 +176,16 @@ class LanguageModel(keras.Model):
             "input_dropout": input_dropout,
             "hidden_dropout": hidden_dropout,
             "output_dropout": output_dropout,
+            "locked_dropout": locked_dropout,
+            "embedding_dropout": embedding_dropout,
+            "weight_dropout": weight_dropout,
+            "activation_regularization": activation_regularization,
+            "temporal_activation_regularization": (
+                temporal_activation_regularization
+            ),
             "tied_embeddings": tied_embeddings,
             "initializer_scale": initializer_scale,
+            "initializer": initializer,
             "unit_forget_bias": unit_forget_bias,
             "carry_state": carry_state,
             "seed": seed,
@@ -162,30 +195,25 @@ class LanguageModel(keras.Model):
         self.carry_state = carry_state
         self.preset = preset
 
-        def initializer(kind: str, *place: int) -> NumPyInitializer:
-            if initializer_scale is None:
-                return NumPyInitializer(kind, seed=[seed, *place])
-            return NumPyInitializer(
-                "uniform", scale=initializer_scale, seed=[seed, *place]
-            )
-
-        def bias_initializer(*place: int) -> Any:
-            if initializer_scale is None:
-                return "zeros"
-            return initializer("uniform", *place)
+        draw = _Draws(initializer, initializer_scale, seed)
 
         # Layers
         self.embedding = Embedding(
             vocabulary_size,
             embedding_dim,
-            embeddings_initializer=initializer("uniform", 0),
+            embeddings_initializer=draw.embeddings(),
+            dropout=embedding_dropout,
+            seed=seed,
             dtype=self.dtype_policy,
             name="embedding",
         )
+        dropout = (
+            keras.layers.SpatialDropout1D
+            if locked_dropout
+            else keras.layers.Dropout
+        )
         self.dropouts = [
-            keras.layers.Dropout(
-                rate, seed=seed + place, dtype=self.dtype_policy
-            )
+            dropout(rate, seed=seed + place, dtype=self.dtype_policy)
             for place, rate in enumerate(
                 [input_dropout]
                 + [hidden_dropout] * (len(units_of) - 1)
@@ -194,23 +222,25 @@ class LanguageModel(keras.Model):
         ]
         self.lstms = [
             LSTM(
-                units_of[i],
-                kernel_initializer=initializer("glorot_uniform", 1, i, 0),
-                recurrent_initializer=initializer("orthogonal", 1, i, 1),
-                bias_initializer=bias_initializer(1, i, 2),
+                units,
+                kernel_initializer=draw.kernel(units, i, 0),
+                recurrent_initializer=draw.kernel(units, i, 1),
+                bias_initializer=draw.bias(units, i),
                 unit_forget_bias=unit_forget_bias and not initializer_scale,
+                weight_dropout=weight_dropout,
                 return_sequences=True,
                 return_state=True,
                 carry_state=carry_state,
+                seed=seed + i,
                 dtype=self.dtype_policy,
                 name=f"lstm_{i + 1}",
             )
-            for i in range(len(units_of))
+            for i, units in enumerate(units_of)
         ]
         self.projection = Projection(
             vocabulary_size,
-            kernel_initializer=initializer("glorot_uniform", 2, 0),
-            bias_initializer=bias_initializer(2, 1),
+            kernel_initializer=draw.of_projection("glorot_uniform", 0),
+            bias_initializer=draw.of_projection("zeros", 1),
             tied_to=self.embedding if tied_embeddings else None,
             dtype=self.dtype_policy,
             name="projection",
@@ -221,6 +251,7 @@ class LanguageModel(keras.Model):
         self._gives_features = False
         self.text: Any = None  # token ids on the device, within `fit`
         self._rows: tuple[int, int] | None = None  # of the text's batches
+        self._usual_length: int | None = None  # where that of batches varies
         self._functions: dict[Any, Any] = {}
         self._asked_steps: int | None = None
         self.steps_per_execution: int = 1
@@ -289,7 +320,8 @@ class LanguageModel(keras.Model):
         training: bool | None,
     ) -> tuple[Any, list[State]]:
         """The features to predict from, `(batch, time, units)`, and states."""
-        x = self.embedding(token_ids)  # (batch, time, embedding_dim)
+        # (batch, time, embedding_dim)
+        x = self.embedding(token_ids, training=training)
         x = self.dropouts[0](x, training=training)
         states: list[Any] = initial_state or [None] * len(self.lstms)
         between = self.dropouts[1:-1]
@@ -300,9 +332,27 @@ class LanguageModel(keras.Model):
             if first:
                 x = between[first - 1](x, training=training)
             together = slice(first, first + size)
-            x, ends = run_stack(self.lstms[together], x, states[together])
+            x, ends = run_stack(
+                self.lstms[together], x, states[together], training
+            )
             final_state += ends
-        return self.dropouts[-1](x, training=training), final_state
+        features = self.dropouts[-1](x, training=training)
+        if training:
+            self._regularize(x, features)
+        return features, final_state
+
+    def _regularize(self, outputs: Any, features: Any) -> None:
+        """Adds to the loss what the last layer's outputs cost."""
+        for factor, values in (
+            (self.settings["activation_regularization"], features),
+            (
+                self.settings["temporal_activation_regularization"],
+                outputs[:, 1:] - outputs[:, :-1],
+            ),
+        ):
+            if factor:
+                squares = ops.square(ops.cast(values, "float32"))
+                self.add_loss(factor * ops.mean(squares))
 
     def get_initial_state(self, batch_size: int) -> list[State]:
         """NumPy zeros, the `initial_state` of texts that begin.
@@ -377,7 +427,7 @@ class LanguageModel(keras.Model):
         *state, batch = args
         if self._rows is not None:
             batch = self._slice(batch[0], *self._rows)
-        with self._give_features():
+        with self._give_features(), self._scale_rate(batch):
             return super().train_step(*state, batch)
 
     def test_step(self, *args: Any) -> Any:
@@ -396,6 +446,16 @@ class LanguageModel(keras.Model):
             yield
         finally:
             self._gives_features = False
+
+    @contextmanager
+    def _scale_rate(self, batch: Any) -> Iterator[None]:
+        """A rate in proportion to the batch's length, where that varies."""
+        if self._usual_length is None:
+            yield
+            return
+        length = ops.cast(ops.shape(batch[0])[1], "float32")
+        with self.optimizer.rate_times(length / self._usual_length):
+            yield
 
     def _slice(
         self, row_starts: Any, batch_size: int, length: int
@@ -418,10 +478,13 @@ class LanguageModel(keras.Model):
 
     def make_train_function(self, force: bool = False) -> None:
         """As `keras.Model.make_train_function`, for several steps at once."""
-        key = ("train", self.steps_per_execution, self._rows, id(self.text))
+        key = (
+            *("train", self.steps_per_execution, self._rows, id(self.text)),
+            self._usual_length,
+        )
         if force or key not in self._functions:
             self.train_function = None
-            if key[1:3] != (1, None):
+            if (self.steps_per_execution, self._rows) != (1, None):
                 self.train_function = make_train_function(self)
             super().make_train_function()
             # One for `fit`, which may have been for another text before.
@@ -492,11 +555,15 @@ class LanguageModel(keras.Model):
                 self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
             data = feed(RowStarts(data), shuffle=shuffle)
+        elif getattr(data, "varies", False):
+            self._usual_length = data.sequence_length
+            _check_scales_rate(self.optimizer)
+            data = feed(data, shuffle=False)
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:
             yield data
         finally:
-            self._rows = self.text = None
+            self._rows = self.text = self._usual_length = None
             self.steps_per_execution = before
 
     def _flops(self, data: Any) -> int:
@@ -525,13 +592,96 @@ class LanguageModel(keras.Model):
         kwargs["callbacks"] = _with_reset(kwargs.get("callbacks"))
 
 
+class _Draws:
+    """The initializers of a model's weights, each from a seed of its own."""
+
+    def __init__(
+        self, way: Initialization, scale: float | None, seed: int
+    ) -> None:
+        self.way = way
+        self.scale = scale
+        self.seed = seed
+        self.is_torch = way != "uniform"
+
+    def _draw(
+        self, kind: str, *place: int, scale: float | None = None
+    ) -> NumPyInitializer:
+        seed = [self.seed, *place]
+        if scale is None:
+            return NumPyInitializer(kind, seed=seed)
+        return NumPyInitializer(kind, scale=scale, seed=seed)
+
+    def embeddings(self) -> NumPyInitializer:
+        kind = "normal" if self.way == "torch_normal" else "uniform"
+        return self._draw(kind, 0, scale=self.scale)
+
+    def kernel(self, units: int, *place: int) -> NumPyInitializer:
+        """Of a layer's input projection (0) or recurrence (1)."""
+        if self.is_torch:
+            return self._draw("uniform", 1, *place, scale=units**-0.5)
+        if self.scale is None:
+            kind = ("glorot_uniform", "orthogonal")[place[-1]]
+            return self._draw(kind, 1, *place)
+        return self._draw("uniform", 1, *place, scale=self.scale)
+
+    def bias(self, units: int, layer: int) -> Any:
+        if self.is_torch:
+            # PyTorch adds two biases; this has the variance of their sum.
+            scale = math.sqrt(2 / units)
+            return self._draw("uniform", 1, layer, 2, scale=scale)
+        if self.scale is None:
+            return "zeros"
+        return self._draw("uniform", 1, layer, 2, scale=self.scale)
+
+    def of_projection(self, kind: str, place: int) -> Any:
+        is_bias = kind == "zeros"
+        if is_bias and (self.is_torch or self.scale is None):
+            return kind
+        if self.scale is None:
+            return self._draw(kind, 2, place)
+        return self._draw("uniform", 2, place, scale=self.scale)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if name.endswith("_dropout") and name != "locked_dropout":
+            if not 0 <= value < 1:
+                raise UserError(
+                    f"`{name}` must be from 0 up to, not including, 1; "
+                    f"received {value}."
+                )
+        elif name.endswith("_regularization") and not value >= 0:
+            raise UserError(f"`{name}` must be 0 or more; received {value}.")
+    way = settings["initializer"]
+    if way not in get_args(Initialization):
+        raise UserError(
+            "`initializer` must be one of "
+            f"{', '.join(get_args(Initialization))}; received {way!r}."
+        )
+    if way != "uniform" and settings["initializer_scale"] is None:
+        raise UserError(
+            f"`initializer={way!r}` needs `initializer_scale`, that of the "
+            "embeddings; received None."
+        )
+
+
 def make_optimizer(preset: Preset) -> Any:
-    """The Keras optimizer of a preset, at the rate of its first epoch."""
-    make = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
-    return make[preset.optimizer](
-        preset.learning_rate_of(0),
-        global_clipnorm=preset.clip_norm_of_mean(),
-    )
+    """The optimizer of a preset, at the rate of its first epoch."""
+    settings: dict[str, Any] = {
+        "learning_rate": preset.learning_rate_of(0),
+        "global_clipnorm": preset.clip_norm_of_mean(),
+        "l2": preset.l2_of_mean(),
+        "averages": preset.averaging != "never",
+    }
+    if preset.gradient_accumulation_steps > 1:
+        steps = preset.gradient_accumulation_steps
+        settings["gradient_accumulation_steps"] = steps
+    if preset.optimizer == "sgd":
+        return SGD(**settings)
+    if preset.loss_scale > 1:
+        # PyTorch's, which the presets with summed losses come from.
+        settings["epsilon"] = 1e-8 / preset.loss_scale
+    return Adam(**settings)
 
 
 def _nats_and_tokens(
@@ -553,6 +703,15 @@ def _token_weights(targets: Any, sample_weight: Any) -> Any:
     if len(weights.shape) < 2:  # a weight for each row
         weights = ops.expand_dims(weights, -1)
     return ops.broadcast_to(weights, ops.shape(targets))
+
+
+def _check_scales_rate(optimizer: Any) -> None:
+    if not hasattr(optimizer, "rate_times"):
+        raise UserError(
+            "Batches of varying length need an optimizer whose rate can "
+            f"follow it; received {type(optimizer).__name__}. Compile with SGD "
+            "or Adam of multilstm.optimizers."
+        )
 
 
 def _needs_every_batch(callbacks: Any) -> bool:

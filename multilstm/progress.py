@@ -54,7 +54,7 @@ class StepTimes(keras.callbacks.Callback):
             self.seconds += [(now - self._last) / num_steps] * num_steps
         self._last, self._done = now, done
 
-    def summary(self, tokens_per_step: int) -> dict[str, Any]:
+    def summary(self, tokens_per_step: float) -> dict[str, Any]:
         """`tokens_per_second`, `step_time_ms`, `compile_time_seconds`.
 
         Each is None where too few steps were made to tell it.

@@ -10,7 +10,11 @@ from multilstm.ops import linear_cross_entropy
 
 
 class Projection(keras.layers.Layer):
-    """Features -> logits, by a kernel of its own or by the embeddings."""
+    """Features -> logits, by a kernel of its own or by the embeddings.
+
+    Where the embeddings have another size than the features, a product
+    without bias comes between.
+    """
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class Projection(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer
         self.bias_initializer = bias_initializer
         self.tied_to = tied_to
+        self.bottleneck: Any = None
 
     def build(self, features_shape: tuple[int | None, ...]) -> None:
         if self.tied_to is None:
@@ -33,6 +38,12 @@ class Projection(keras.layers.Layer):
                 shape=(features_shape[-1], self.vocabulary_size),
                 initializer=self.kernel_initializer,
                 name="kernel",
+            )
+        elif features_shape[-1] != self.tied_to.output_dim:
+            self.bottleneck = self.add_weight(
+                shape=(features_shape[-1], self.tied_to.output_dim),
+                initializer=self.kernel_initializer,
+                name="bottleneck",
             )
         self.bias = self.add_weight(
             shape=(self.vocabulary_size,),
@@ -42,6 +53,7 @@ class Projection(keras.layers.Layer):
 
     def call(self, features: Any) -> Any:
         kernel, bias = self._read_weights()
+        features = self._narrow(features)
         return ops.matmul(features, kernel) + bias
 
     def negative_log_likelihood(
@@ -49,8 +61,15 @@ class Projection(keras.layers.Layer):
     ) -> Any:
         """`ops.linear_cross_entropy` with the weights of this layer."""
         return linear_cross_entropy(
-            features, *self._read_weights(), targets, weights
+            self._narrow(features), *self._read_weights(), targets, weights
         )
+
+    def _narrow(self, features: Any) -> Any:
+        """Features of the embeddings' size."""
+        if self.bottleneck is None:
+            return features
+        kernel = ops.cast(self.bottleneck, self.compute_dtype)
+        return ops.matmul(features, kernel)
 
     def _read_weights(self) -> tuple[Any, Any]:
         table = self.tied_to and self.tied_to.embeddings

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from multilstm.choices import find_choice, shape_class, why_stale
 from multilstm.devices import device_and_driver
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, write_json
+from multilstm.presets import MEASURED, PRESETS
 
 BACKENDS = ("jax", "torch", "tensorflow")
 COMPARISON_SCHEMA = "multilstm-comparison-2"
@@ -214,6 +216,71 @@ def _named_by_keras_or_installed() -> tuple[str, str]:
         "install 'multilstm[jax]' (or multilstm[torch], "
         "multilstm[tensorflow])."
     )
+
+
+def describe_presets(
+    vocabulary_size: int = 10_000, num_tokens: int = 929_589
+) -> list[dict[str, Any]]:
+    """What is known of each preset, and the time that it would take here.
+
+    Args:
+        vocabulary_size: Words of the vocabulary.
+        num_tokens: Words of the training text; by default of Penn Treebank.
+
+    Returns:
+        For each preset its name, `source`, `parameters`, `epochs`, published
+        and measured perplexities, and `seconds` of training by the backend
+        that `multilstm choose` found fastest on this device: from its tokens
+        a second on the nearest shape, in proportion to the weights that a
+        word is multiplied by. None where nothing was measured here.
+        `is_measured_shape` tells whether the shape is of the same class.
+    """
+    device, _ = device_and_driver()
+    rows = []
+    for preset in PRESETS.values():
+        shape = {
+            "units": preset.units_of_layers,
+            "batch_size": preset.batch_size,
+            "sequence_length": preset.sequence_length,
+            "vocabulary_size": vocabulary_size,
+        }
+        row: dict[str, Any] = {
+            "preset": preset.name,
+            "source": preset.source,
+            "parameters": preset.num_parameters(vocabulary_size),
+            "epochs": preset.epochs,
+            "published_valid": preset.published_valid,
+            "published_test": preset.published_test,
+            "measured": [asdict(m) for m in MEASURED.get(preset.name, ())],
+            **dict.fromkeys(("backend", "seconds", "is_measured_shape")),
+        }
+        choice = find_choice(device, shape=shape)
+        if choice is not None:
+            timed = choice["shape"]
+            like = replace(
+                preset,
+                units=timed["units"],
+                num_layers=len(timed["units"]),
+                embedding_dim=timed["embedding_dim"],
+                tied_embeddings=timed["tied"],
+            )
+            backend = choice["backend"]
+            seconds = (
+                preset.epochs
+                * num_tokens
+                / choice["tokens_per_second"][backend]
+                * preset.num_products(vocabulary_size)
+                / like.num_products(timed["vocabulary_size"])
+            )
+            row |= {
+                "backend": backend,
+                "seconds": round(seconds, 1),
+                "is_measured_shape": (
+                    choice["shape_class"] == shape_class(shape)
+                ),
+            }
+        rows.append(row)
+    return rows
 
 
 def find_pythons() -> dict[str, Path]:

@@ -15,10 +15,10 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
@@ -26,7 +26,11 @@ from numpy.typing import NDArray
 
 from multilstm import __version__
 from multilstm.corpus import NAMES, Corpus, load_corpus
-from multilstm.dataset import ContinuousStreams, NextWordWindows
+from multilstm.dataset import (
+    ContinuousStreams,
+    NextWordWindows,
+    VariableStreams,
+)
 from multilstm.errors import UserError
 from multilstm.evaluation import PROTOCOL, Evaluator
 from multilstm.files import finite_or_none, read_json, replacing, write_json
@@ -46,6 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": None,
     "sequence_length": None,
     "learning_rate": None,
+    "gradient_accumulation_steps": None,
+    "precision": "float32",
+    "starts_from": None,
+    "train_tokens": None,
     "seed": 0,
     "patience": None,
     "until_perplexity": None,
@@ -53,6 +61,8 @@ DEFAULTS: dict[str, Any] = {
     "unknown": "error",
 }
 
+
+Precision = Literal["float32", "mixed_bfloat16"]
 
 # What may change when a run goes on.
 _CHANGEABLE = ("epochs", "patience", "until_perplexity", "learning_rate")
@@ -74,6 +84,10 @@ def train(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     learning_rate: float | None = None,
+    gradient_accumulation_steps: int | None = None,
+    precision: Precision | None = None,
+    starts_from: str | Path | None = None,
+    train_tokens: int | None = None,
     seed: int | None = None,
     patience: int | None = None,
     until_perplexity: float | None = None,
@@ -94,6 +108,15 @@ def train(
         sequence_length: Steps of back-propagation. Default: the preset's.
         learning_rate: Of the first epochs, for the loss that the preset's
             source has. Default: the preset's.
+        gradient_accumulation_steps: Batches whose gradients make one step;
+            they follow each other in the text. Default: the preset's.
+        precision: `"float32"` or `"mixed_bfloat16"`: products in bfloat16,
+            while weights, cell states within a batch and sums of losses are
+            float32. Evaluation is in float32. Default: `"float32"`.
+        starts_from: Folder of a run whose best weights to begin with.
+            Default: none; a preset that goes on from another needs it.
+        train_tokens: Only so many of the training text's first words.
+            Default: all.
         seed: For initial weights and dropout. Default: 0.
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
@@ -124,6 +147,10 @@ def train(
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "learning_rate": learning_rate,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "starts_from": starts_from and str(Path(starts_from).resolve()),
+        "train_tokens": train_tokens,
         "seed": seed,
         "patience": patience,
         "until_perplexity": until_perplexity,
@@ -141,8 +168,9 @@ def train(
     plan = _plan(settings, preset_used)
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
-    batches = _cut(plan, data.train)
-    model = _build(plan, data, settings["seed"])
+    train_ids = data.train[: settings["train_tokens"]]
+    _cut(plan, train_ids, settings["seed"], 0)  # fails early, if it does
+    model = _build(plan, data, settings)
     config = settings | {
         "model": model.settings,
         "preset_settings": dataclasses.asdict(plan),
@@ -163,7 +191,6 @@ def train(
         data,
         begun,
         plan=plan,
-        steps_per_epoch=len(batches),
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
     )
@@ -175,8 +202,12 @@ def train(
         ):
             return result
     times = StepTimes()
-    _fit(model, batches, keeper, times, progress=progress)
-    speed = times.summary(plan.tokens_per_step)
+
+    def cut(epoch: int) -> Any:
+        return _cut(plan, train_ids, settings["seed"], epoch)
+
+    _fit(model, cut, keeper, times, progress=progress)
+    speed = times.summary(_tokens_per_step(cut(0), plan))
     return _finish(model, settings, keeper, speed)
 
 
@@ -339,6 +370,8 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         "sequence_length": 1,
         "patience": 1,
         "until_perplexity": 1,
+        "gradient_accumulation_steps": 1,
+        "train_tokens": 1,
         "seed": 0,
     }
     for name, least in needed.items():
@@ -349,9 +382,24 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
     rate = settings["learning_rate"]
     if rate is not None and not 0 < rate < math.inf:
         raise UserError(f"`learning_rate` must be above 0; received {rate}.")
+    if settings["precision"] not in get_args(Precision):
+        raise UserError(
+            f"`precision` must be one of {', '.join(get_args(Precision))}; "
+            f"received {settings['precision']!r}."
+        )
+    if preset.starts_from and settings["starts_from"] is None:
+        raise UserError(
+            f"The preset {preset.name} goes on from a run of "
+            f"{preset.starts_from}; received none. Give its folder with "
+            "--starts-from."
+        )
+    names = (
+        "epochs batch_size sequence_length learning_rate "
+        "gradient_accumulation_steps"
+    )
     changes = {
         name: settings[name]
-        for name in ("epochs", "batch_size", "sequence_length", "learning_rate")
+        for name in names.split()
         if settings[name] is not None
     }
     return dataclasses.replace(preset, **changes)
@@ -366,25 +414,65 @@ def _check_splits(data: Corpus) -> None:
             )
 
 
-def _build(plan: Preset, data: Corpus, seed: int) -> LanguageModel:
+def _build(
+    plan: Preset, data: Corpus, settings: dict[str, Any]
+) -> LanguageModel:
     model = LanguageModel(
         len(data.vocabulary),
         **plan.architecture(),
         preset=plan.name,
-        seed=seed,
+        seed=settings["seed"],
+        dtype=settings["precision"],
     )
     model.build((plan.batch_size, plan.sequence_length))
+    if settings["starts_from"] is not None:
+        _take_weights(model, settings["starts_from"], data)
     model.compile(make_optimizer(plan))
     model.optimizer.build(model.trainable_variables)
+    if plan.averaging == "always":
+        model.optimizer.start_averaging()
     return model
 
 
-def _cut(plan: Preset, token_ids: NDArray[np.int32]) -> keras.utils.PyDataset:
-    """The batches that a preset trains on."""
+def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
+    """Begins with the best weights of another run."""
+    trained, vocabulary, _ = load_run(run)
+    shapes, needed = (
+        [tuple(weight.shape) for weight in one.weights]
+        for one in (trained, model)
+    )
+    if shapes != needed or vocabulary.words != data.vocabulary.words:
+        raise UserError(
+            "The run to start from must have the same architecture and "
+            f"vocabulary; {run} has others. Give a run of the same preset and "
+            "corpus."
+        )
+    model.set_weights(trained.get_weights())
+
+
+def _cut(
+    plan: Preset, token_ids: NDArray[np.int32], seed: int, epoch: int
+) -> Any:
+    """The batches that a preset trains on in an epoch, counted from 0."""
     sizes = (plan.sequence_length, plan.batch_size)
+    if plan.length_std is not None:
+        return VariableStreams(
+            token_ids,
+            *sizes,
+            std=plan.length_std,
+            half_share=plan.half_length_share,
+            seed=[seed, epoch],
+        )
     if plan.carry_state:
         return ContinuousStreams(token_ids, *sizes, drop_remainder=True)
     return NextWordWindows(token_ids, *sizes)
+
+
+def _tokens_per_step(batches: Any, plan: Preset) -> float:
+    """The mean, where the lengths of batches differ."""
+    if isinstance(batches, VariableStreams):
+        return float(batches.lengths.mean()) * plan.batch_size
+    return plan.tokens_per_step
 
 
 def _check_same_text(folder: RunFolder, data: Corpus) -> None:
@@ -416,7 +504,6 @@ class _Keeper(keras.callbacks.Callback):
         begun: Progress,
         *,
         plan: Preset,
-        steps_per_epoch: int,
         patience: int | None,
         until_perplexity: float | None,
     ) -> None:
@@ -429,10 +516,21 @@ class _Keeper(keras.callbacks.Callback):
         self.seconds = begun.seconds
         self.kept = _describe(begun)  # what the checkpoint holds
         self.plan = plan
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = 0  # of the epoch in hand, see `begin_epoch`
+        self.tokens_per_step = 0.0
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.asked_to_stop = False
+
+    def begin_epoch(self, batches: Any) -> None:
+        """Tells what the next epoch is of; all of it, also if it goes on."""
+        self.steps_per_epoch = len(batches)
+        self.tokens_per_step = _tokens_per_step(batches, self.plan)
+
+    @property
+    def valid_perplexities(self) -> list[float]:
+        """Of the epochs that are done."""
+        return [row["valid_perplexity"] for row in self.history]
 
     @property
     def has_ended(self) -> bool:
@@ -441,6 +539,9 @@ class _Keeper(keras.callbacks.Callback):
             return True
         if not self.history:
             return False
+        is_non_monotone = self.plan.is_non_monotone(self.valid_perplexities)
+        if self.plan.stops_non_monotone and is_non_monotone:
+            return True
         best = best_epoch(self.history)
         wanted = self.until_perplexity
         if wanted is not None and best["valid_perplexity"] <= wanted:
@@ -485,23 +586,32 @@ class _Keeper(keras.callbacks.Callback):
                 self._save_best()
             return
         seconds = time.perf_counter() - self._began
-        num_tokens = self.num_batches * self.plan.tokens_per_step
-        valid = self.evaluator(self.data.valid).perplexity
-        if not math.isfinite(valid):
-            self._stop_diverged("its validation", valid)
+        num_tokens = self.num_batches * self.tokens_per_step
+        optimizer = self.model.optimizer
+        rate = float(optimizer.learning_rate)
+        with optimizer.averaged_weights():
+            valid = self.evaluator(self.data.valid).perplexity
+            if not math.isfinite(valid):
+                self._stop_diverged("its validation", valid)
+            if not self.history or valid < min(self.valid_perplexities):
+                self._save_best()
         row = {
             "epoch": epoch + 1,
             "train_perplexity": float(logs["perplexity"]),
             "valid_perplexity": valid,
-            "learning_rate": float(self.model.optimizer.learning_rate),
+            "learning_rate": rate,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(num_tokens / seconds, 1),
         }
+        if self.plan.averaging != "never":
+            row["averaged_steps"] = float(optimizer.num_averaged)
         logs.update(row)
         self.history.append(row)
         self.num_batches, self.seconds = 0, 0.0
-        if best_epoch(self.history) == row:
-            self._save_best()
+        if self.plan.averaging == "triggered" and self.plan.is_non_monotone(
+            self.valid_perplexities
+        ):
+            optimizer.start_averaging()
         self.folder.write_history(self.history)
         self._save_checkpoint()
         if self.has_ended:
@@ -562,7 +672,7 @@ def best_epoch(history: History) -> dict[str, float]:
 
 def _fit(
     model: LanguageModel,
-    batches: keras.utils.PyDataset,
+    cut: Callable[[int], Any],
     keeper: _Keeper,
     times: StepTimes,
     *,
@@ -570,32 +680,27 @@ def _fit(
 ) -> None:
     plan = keeper.plan
     schedule = keras.callbacks.LearningRateScheduler(
-        lambda epoch, _: plan.learning_rate_of(epoch)
+        lambda epoch, _: plan.learning_rate_of(epoch, keeper.valid_perplexities)
     )
     bars = []
     if progress:
         bars.append(ProgressBar(plan.tokens_per_step, plan.epochs))
-
-    def fit(batches: keras.utils.PyDataset, epochs: int) -> None:
-        model.fit(
-            batches,
-            epochs=epochs,
-            initial_epoch=len(keeper.history),
-            shuffle=False,
-            verbose=0,
-            callbacks=[schedule, times, keeper, *bars],
-        )
-
-    if keeper.has_ended:
-        return
     with _stop_on_interrupt(keeper):
         try:
-            if keeper.num_batches:
-                rest = _Rest(batches, keeper.num_batches)
-                fit(rest, len(keeper.history) + 1)
-                if model.stop_training:
-                    return
-            fit(batches, plan.epochs)
+            while not keeper.has_ended and not keeper.asked_to_stop:
+                epoch = len(keeper.history)
+                batches = cut(epoch)
+                keeper.begin_epoch(batches)
+                if keeper.num_batches:
+                    batches = _Rest(batches, keeper.num_batches)
+                model.fit(
+                    batches,
+                    initial_epoch=epoch,
+                    epochs=epoch + 1,
+                    shuffle=False,
+                    verbose=0,
+                    callbacks=[schedule, times, keeper, *bars],
+                )
         finally:
             for bar in bars:
                 bar.close()
@@ -604,12 +709,12 @@ def _fit(
 class _Rest(keras.utils.PyDataset):
     """The batches of a dataset from a certain one on."""
 
-    is_sliced = True
-
     def __init__(self, batches: Any, first: int) -> None:
         super().__init__()
         self.batches = batches
         self.first = first
+        self.is_sliced = batches.is_sliced
+        self.varies = getattr(batches, "varies", False)
         self.token_ids = batches.token_ids
         self.batch_size = batches.batch_size
         self.sequence_length = batches.sequence_length
@@ -666,7 +771,9 @@ def _finish(
         "initial_weights_sha256": folder.read_config()[
             "initial_weights_sha256"
         ],
+        "precision": settings["precision"],
         "learning_rate": keeper.plan.learning_rate,
+        "train_tokens": settings["train_tokens"],
         "parameters": model.count_params(),
         "epochs": len(history),
         "best_epoch": best_epoch(history)["epoch"] if history else None,

@@ -263,8 +263,8 @@ def embedding_lookup(table: Any, token_ids: Any) -> Any:
 def fuse_optimizer(optimizer: Any) -> None:
     """Makes an optimizer update the weights in one pass, where it can.
 
-    That is Adam and SGD without momentum, with or without `global_clipnorm`.
-    XLA does it for JAX by itself.
+    That is Adam and SGD without momentum, Keras's and this package's, with or
+    without `global_clipnorm` and L2. XLA does it for JAX by itself.
 
     Args:
         optimizer: A Keras optimizer. Its settings, its state and, to
@@ -273,7 +273,7 @@ def fuse_optimizer(optimizer: Any) -> None:
 
 
 def is_plain(optimizer: Any, kind: str) -> bool:
-    """Whether an optimizer is Keras's of that name, without extras."""
+    """Whether an optimizer is of that name, without extras of Keras's."""
     extras = (
         "weight_decay",
         "clipnorm",
@@ -286,7 +286,8 @@ def is_plain(optimizer: Any, kind: str) -> bool:
     )
     return (
         type(optimizer).__name__ == kind
-        and type(optimizer).__module__.partition(".")[0] == "keras"
+        and type(optimizer).__module__.partition(".")[0]
+        in ("keras", "multilstm")
         and not any(getattr(optimizer, extra, None) for extra in extras)
     )
 
@@ -325,8 +326,8 @@ def feed(dataset: Any, *, shuffle: bool) -> Any:
     """What `fit` takes for a dataset of small arrays; here itself.
 
     Args:
-        dataset: A `keras.utils.PyDataset` whose items are one array each, of
-            one shape.
+        dataset: A `keras.utils.PyDataset`, `RowStarts` or one whose batches
+            differ in length, which is never shuffled.
         shuffle: Whether the order of the batches is new in every epoch, where
             Keras does not see to that.
     """

@@ -440,7 +440,7 @@ def _update_adam(
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
             epsilon=optimizer.epsilon,
-            grad=gradient if scale is None else gradient * scale,
+            grad=_clipped(optimizer, gradient, variable, scale),
         )
 
 
@@ -450,12 +450,23 @@ def _update_sgd(
     gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
     scale = _clipping(optimizer, gradients)
     rate = _learning_rate(optimizer)
+    l2 = getattr(optimizer, "l2", 0.0)
+    if scale is not None and not l2:  # a pass over the gradients is saved
+        rate, scale = rate * scale, None
     for gradient, variable in zip(gradients, variables, strict=True):
         tf.raw_ops.ResourceApplyGradientDescent(
             var=variable.value.handle,
-            alpha=rate if scale is None else rate * scale,
-            delta=gradient,
+            alpha=rate,
+            delta=_clipped(optimizer, gradient, variable, scale),
         )
+
+
+def _clipped(optimizer: Any, gradient: Any, variable: Any, scale: Any) -> Any:
+    """The gradient that an optimizer uses, with that of L2 in it."""
+    if scale is not None:
+        gradient = gradient * scale
+    l2 = getattr(optimizer, "l2", 0.0)
+    return gradient + l2 * variable.value if l2 else gradient
 
 
 def _learning_rate(optimizer: Any) -> Any:
@@ -485,10 +496,18 @@ def feed(dataset: Any, *, shuffle: bool) -> Any:
     itself in a thread that sleeps 10, 20, 40 ... ms. At an epoch's end
     TensorFlow waits until it wakes: of an epoch of 900 ms 1,280 were seen.
     """
-    arrays = np.stack([dataset[k][0] for k in range(len(dataset))])
-    batches = tf.data.Dataset.from_tensor_slices((arrays,))
-    if shuffle:
-        batches = batches.shuffle(len(arrays))
+    if dataset.is_sliced:
+        arrays = np.stack([dataset[k][0] for k in range(len(dataset))])
+        batches = tf.data.Dataset.from_tensor_slices((arrays,))
+        if shuffle:
+            batches = batches.shuffle(len(arrays))
+    else:
+        # Keras would take the lengths of the first two for those of all.
+        ids = tf.TensorSpec((dataset.batch_size, None), tf.int32)
+        batches = tf.data.Dataset.from_generator(
+            lambda: (dataset[k] for k in range(len(dataset))),
+            output_signature=(ids, ids),
+        ).apply(tf.data.experimental.assert_cardinality(len(dataset)))
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.with_options(options)

@@ -65,10 +65,20 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     """The same gates in the same order, matrices transposed, two biases.
 
     A parameter is stored that way the first time, on a GPU all of them in
-    the one block that cuDNN wants, so that no call has to copy it.
+    the one block that cuDNN wants, so that no call has to copy it. Weights
+    that are made for a call, by weight dropout, are copied into such a block.
     """
+    flat = [tensor for layer in weights for tensor in layer]
+    are_parameters = all(isinstance(t, torch.nn.Parameter) for t in flat)
     if not torch.compiler.is_compiling():
-        _store_for_kernels(weights)
+        if are_parameters and _is_for_cudnn(flat[0]):
+            blocks = {tensor.untyped_storage().data_ptr() for tensor in flat}
+            if len(blocks) > 1:
+                _store_for_cudnn(weights)
+        elif not _is_for_cudnn(flat[0]):
+            _store_transposed(flat)
+    if not are_parameters and _is_for_cudnn(flat[0]):
+        return _pack_for_cudnn(weights)
     return [
         tensor
         for kernel, recurrent, bias in weights
@@ -81,21 +91,46 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     ]
 
 
+def _is_for_cudnn(tensor: Any) -> bool:
+    acceptable: bool = torch.backends.cudnn.is_acceptable(tensor)
+    return acceptable
+
+
 @torch.no_grad()
-def _store_for_kernels(weights: list[reference.Weights]) -> None:
-    flat = [tensor for layer in weights for tensor in layer]
-    if not all(isinstance(tensor, torch.nn.Parameter) for tensor in flat):
-        return
-    if flat[0].is_cuda and torch.backends.cudnn.is_acceptable(flat[0]):
-        blocks = {tensor.untyped_storage().data_ptr() for tensor in flat}
-        if len(blocks) > 1:
-            _store_for_cudnn(weights)
-        return
-    for matrix in flat:
-        if matrix.ndim == 2 and not matrix.T.is_contiguous():
+def _store_transposed(tensors: list[Any]) -> None:
+    for matrix in tensors:
+        if (
+            isinstance(matrix, torch.nn.Parameter)
+            and matrix.ndim == 2
+            and not matrix.T.is_contiguous()
+        ):
             matrix.data = matrix.data.T.contiguous().T
 
 
+def _pack_for_cudnn(weights: list[reference.Weights]) -> list[Any]:
+    """Views of one block, which cuDNN takes as it is; gradients go through.
+
+    In its order: the matrices of every layer, then for every layer the bias
+    and zeros for the second bias that it has.
+    """
+    block = reference.pack_for_cudnn(weights)
+    shapes = [m.T.shape for layer in weights for m in layer[:2]]
+    shapes += [layer[2].shape for layer in weights for _ in range(2)]
+    sizes = [shape.numel() for shape in shapes]
+    parts = [
+        part.view(shape)
+        for part, shape in zip(block.split(sizes), shapes, strict=True)
+    ]
+    matrices, biases = parts[: 2 * len(weights)], parts[2 * len(weights) :]
+    return [
+        tensor
+        for layer in range(len(weights))
+        for group in (matrices, biases)
+        for tensor in group[2 * layer : 2 * layer + 2]
+    ]
+
+
+@torch.no_grad()
 def _store_for_cudnn(weights: list[reference.Weights]) -> None:
     """As `torch.nn.LSTM.flatten_parameters` does. Never run: needs a GPU."""
     block = [
@@ -325,7 +360,7 @@ def _update_adam(
         lr=rate,
         beta1=optimizer.beta_1,
         beta2=optimizer.beta_2,
-        weight_decay=0.0,
+        weight_decay=getattr(optimizer, "l2", 0.0),  # in the gradient
         eps=optimizer.epsilon,
         amsgrad=False,
         maximize=False,
@@ -343,7 +378,7 @@ def _update_sgd(
         weights,
         gradients,
         [],
-        weight_decay=0.0,
+        weight_decay=getattr(optimizer, "l2", 0.0),  # in the gradient
         momentum=0.0,
         lr=_learning_rate(optimizer, gradients[0]),
         dampening=0.0,

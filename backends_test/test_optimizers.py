@@ -1,0 +1,189 @@
+"""Optimizers with L2 and averages, against the formulas in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+
+from multilstm import LanguageModel, ops
+from multilstm.optimizers import SGD, Adam
+
+# float32.
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+
+
+def numpy(tensor):
+    return np.array(keras.ops.convert_to_numpy(tensor), np.float64)
+
+
+def run(optimizer, gradients, start):
+    """The weight after each step, whether fused or not."""
+    variable = keras.Variable(start)
+    optimizer.build([variable])
+    reached = []
+    for gradient in gradients:
+        gradient = keras.ops.convert_to_tensor(gradient, "float32")
+        optimizer.apply([gradient], [variable])
+        reached.append(numpy(variable))
+    return reached
+
+
+@pytest.fixture
+def start(rng):
+    return rng.standard_normal((3, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def gradients(rng):
+    return rng.standard_normal((4, 3, 2))
+
+
+@pytest.fixture(params=[False, True], ids=["keras", "fused"])
+def prepare(request):
+    """Leaves an optimizer as it is, or gives it the backend's kernels."""
+
+    def prepare(optimizer):
+        if request.param:
+            ops.fuse_optimizer(optimizer)
+        return optimizer
+
+    return prepare
+
+
+def test_sgd_adds_l2_to_the_clipped_gradient(start, gradients, prepare):
+    optimizer = prepare(SGD(0.5, global_clipnorm=0.4, l2=0.1))
+    weight = start.astype(np.float64)
+    for reached, gradient in zip(
+        run(optimizer, gradients, start), gradients, strict=True
+    ):
+        gradient = gradient * min(1, 0.4 / np.linalg.norm(gradient))
+        weight = weight - 0.5 * (gradient + 0.1 * weight)
+        np.testing.assert_allclose(reached, weight, **CLOSE)
+
+
+def test_adam_adds_l2_to_the_clipped_gradient(start, gradients, prepare):
+    optimizer = prepare(Adam(0.1, global_clipnorm=0.4, l2=0.3, epsilon=1e-8))
+    weight, m, v = start.astype(np.float64), 0, 0
+    for step, (reached, gradient) in enumerate(
+        zip(run(optimizer, gradients, start), gradients, strict=True), 1
+    ):
+        gradient = gradient * min(1, 0.4 / np.linalg.norm(gradient))
+        gradient = gradient + 0.3 * weight
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.999 * v + 0.001 * gradient**2
+        unbiased = m / (1 - 0.9**step), v / (1 - 0.999**step)
+        weight = weight - 0.1 * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+        # Of the square root of squares in float32.
+        np.testing.assert_allclose(reached, weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    ops.has_xla() and keras.config.backend() == "jax",
+    reason="XLA fuses it by itself",
+)
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_optimizers_are_fused(make):
+    optimizer = make(0.1, l2=0.1, averages=True)
+    ops.fuse_optimizer(optimizer)
+    assert "_backend_apply_gradients" in vars(optimizer)
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_average_is_the_mean_of_all_weights_since(
+    make, start, gradients, prepare
+):
+    optimizer = prepare(make(0.5, averages=True))
+    variable = keras.Variable(start)
+    optimizer.build([variable])
+    reached = []
+    for step, gradient in enumerate(gradients):
+        if step == 2:
+            assert not optimizer.has_averages
+            optimizer.start_averaging()
+        gradient = keras.ops.convert_to_tensor(gradient, "float32")
+        optimizer.apply([gradient], [variable])
+        reached.append(numpy(variable))
+    assert optimizer.has_averages
+    with optimizer.averaged_weights():
+        np.testing.assert_allclose(
+            numpy(variable), np.mean(reached[2:], axis=0), **CLOSE
+        )
+    np.testing.assert_array_equal(numpy(variable), reached[-1])
+
+
+def test_weights_come_back_after_an_exception(start):
+    optimizer = SGD(0.5, averages=True)
+    run(optimizer, np.ones((1, 3, 2)), start)
+    optimizer.start_averaging()
+    [variable] = optimizer._trainable_variables
+    optimizer.apply([keras.ops.ones((3, 2))], [variable])
+    optimizer.apply([keras.ops.ones((3, 2))], [variable])
+    before = numpy(variable)
+
+    def fail():
+        with optimizer.averaged_weights():
+            assert (numpy(variable) != before).all()
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    np.testing.assert_array_equal(numpy(variable), before)
+
+
+def test_before_it_averages_the_weights_are_what_is_evaluated(start):
+    optimizer = SGD(0.5, averages=True)
+    [reached] = run(optimizer, np.ones((1, 3, 2)), start)
+    with optimizer.averaged_weights():
+        [variable] = optimizer._trainable_variables
+        np.testing.assert_array_equal(numpy(variable), reached)
+
+
+def test_rate_is_another_one_for_a_step(start, prepare):
+    optimizer = prepare(SGD(0.5))
+    variable = keras.Variable(start)
+    optimizer.build([variable])
+    with optimizer.rate_times(0.25):
+        optimizer.apply([keras.ops.ones((3, 2))], [variable])
+    np.testing.assert_allclose(numpy(variable), start - 0.125, **CLOSE)
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_accumulated_gradients_make_one_clipped_step(start, gradients):
+    """Two batches of two rows give the step of the four rows at once."""
+    optimizer = SGD(
+        0.5, global_clipnorm=0.4, l2=0.1, gradient_accumulation_steps=2
+    )
+    reached = run(optimizer, gradients[:2], start)
+    np.testing.assert_array_equal(reached[0], start)
+    whole = SGD(0.5, global_clipnorm=0.4, l2=0.1)
+    [expected] = run(whole, gradients[:2].mean(0, keepdims=True), start)
+    np.testing.assert_allclose(reached[1], expected, **CLOSE)
+
+
+def test_settings_survive_the_configuration():
+    settings = {"l2": 0.1, "averages": True, "global_clipnorm": 0.5}
+    optimizer = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(SGD(0.25, **settings))
+    )
+    assert isinstance(optimizer, SGD)
+    config = optimizer.get_config()
+    assert {name: config[name] for name in settings} == settings
+
+
+def test_averages_grow_in_the_step_that_fit_compiles(rng):
+    model = LanguageModel(9, units=4)
+    model.build((2, 3))
+    model.compile(SGD(0.5, averages=True))
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.start_averaging()
+    reached = []
+    for _ in range(3):
+        ids = rng.integers(9, size=(2, 3)).astype(np.int32)
+        model.train_on_batch(ids, ids)
+        reached.append(model.get_weights())
+    with model.optimizer.averaged_weights():
+        for average, *weights in zip(
+            model.get_weights(), *reached, strict=True
+        ):
+            np.testing.assert_allclose(
+                average, np.mean(weights, axis=0), rtol=1e-5, atol=1e-6
+            )

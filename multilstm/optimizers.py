@@ -1,0 +1,144 @@
+"""Keras's SGD and Adam, with what the published recipes need besides.
+
+    gradient -> clipped (Keras) -> + l2 * weight -> step -> average of weights
+
+Keras's `weight_decay` is decoupled: it shrinks the weights themselves, by the
+learning rate, before the step. The recipes of PyTorch's time add `l2 * weight`
+to the gradient, after clipping. Its `use_ema` forgets exponentially, where
+averaged SGD takes the mean of all weights since a certain step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class _Extras(keras.optimizers.Optimizer):
+    """What both optimizers add to Keras's, of which they are made too."""
+
+    def __init__(
+        self, *args: Any, l2: float = 0.0, averages: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.l2 = l2
+        self.averages = averages
+        self._rate_factor: Any = None
+
+    def build(self, variables: list[Any]) -> None:
+        """As Keras's, with a place for the averages."""
+        if self.built:
+            return
+        super().build(variables)
+        if not self.averages:
+            return
+        # How many steps are averaged, and whether the next one is.
+        self.num_averaged, self.is_averaging = (
+            self.add_variable((), initializer="zeros", name=name)
+            for name in ("num_averaged", "is_averaging")
+        )
+        self.averages_of = [
+            self.add_variable_from_reference(variable, name="average")
+            for variable in variables
+        ]
+
+    def start_averaging(self) -> None:
+        """Lets the weights after each step from now on be averaged."""
+        self.is_averaging.assign(1.0)
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether there are averages, of one step or more."""
+        return self.averages and float(self.num_averaged) > 0
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Puts the averages into the weights, where there are any."""
+        if not self.has_averages:
+            yield
+            return
+        kept = [
+            ops.convert_to_numpy(variable).copy()
+            for variable in self._trainable_variables
+        ]
+        pairs = zip(self._trainable_variables, self.averages_of, strict=True)
+        for variable, average in pairs:
+            variable.assign(ops.convert_to_numpy(average).copy())
+        try:
+            yield
+        finally:
+            for variable, value in zip(
+                self._trainable_variables, kept, strict=True
+            ):
+                variable.assign(value)
+
+    @contextmanager
+    def rate_times(self, factor: Any) -> Iterator[None]:
+        """Takes the steps within at so many times the learning rate."""
+        before, self._rate_factor = self._rate_factor, factor
+        try:
+            yield
+        finally:
+            self._rate_factor = before
+
+    def _get_current_learning_rate(self) -> Any:
+        rate = super()._get_current_learning_rate()
+        # Untouched, it is a variable, which a schedule assigns to.
+        return rate if self._rate_factor is None else rate * self._rate_factor
+
+    def update_step(
+        self, gradient: Any, variable: Any, learning_rate: Any
+    ) -> None:
+        """As Keras's, with the weights' own gradient."""
+        if self.l2:
+            gradient = gradient + self.l2 * ops.cast(variable, gradient.dtype)
+        super().update_step(gradient, variable, learning_rate)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """As Keras's; then what was reached is averaged."""
+        super().apply(grads, trainable_variables)
+        if not self.averages:
+            return
+        is_averaging = ops.convert_to_tensor(self.is_averaging)
+        self.num_averaged.assign(self.num_averaged + is_averaging)
+        share = is_averaging / ops.maximum(self.num_averaged, 1.0)
+        pairs = zip(self._trainable_variables, self.averages_of, strict=True)
+        for variable, average in pairs:
+            difference = ops.subtract(variable, average)
+            average.assign_add(difference * ops.cast(share, average.dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """As Keras's."""
+        own = {"l2": self.l2, "averages": self.averages}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
+class SGD(_Extras, keras.optimizers.SGD):
+    """`keras.optimizers.SGD` with L2 in the gradient and averaged weights.
+
+    Args:
+        *args: Of `keras.optimizers.SGD`.
+        l2: Times a weight it is added to its gradient, after clipping.
+        averages: Whether there is room for averages; they begin with
+            `start_averaging()`.
+        **kwargs: Of `keras.optimizers.SGD`.
+
+    Reference:
+        Polyak and Juditsky, 1992; as Merity et al., 2018, arXiv:1708.02182,
+        section 3, use it.
+    """
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
+class Adam(_Extras, keras.optimizers.Adam):
+    """`keras.optimizers.Adam` with L2 in the gradient and averaged weights.
+
+    Args:
+        *args: Of `keras.optimizers.Adam`.
+        l2: As `SGD` has it.
+        averages: As `SGD` has it.
+        **kwargs: Of `keras.optimizers.Adam`.
+    """
