@@ -93,8 +93,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
                 "temporal_activation_regularization": 0.1,
                 "initializer": "torch",
                 "sequence_length": 10,
-                "length_std": 4.0,
+                "length_std": 2.0,
                 "half_length_share": 0.2,
+                "rotates_rows": True,
                 "optimizer": "sgd",
                 "learning_rate": 8.0,  # some epoch is worse than the first
                 "plateau_factor": 0.5,

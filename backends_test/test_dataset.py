@@ -426,6 +426,27 @@ def test_lengths_without_spread_are_one_length():
     assert streams.lengths.tolist() == [20, 20, 20, 20, 5]
 
 
+def test_rotated_rows_begin_elsewhere_and_end_where_they_began():
+    ids = text(203)
+    plain = VariableStreams(ids, 20, 2, seed=[1, 2])
+    streams = VariableStreams(ids, 20, 2, rotates_rows=True, seed=[1, 2])
+    np.testing.assert_array_equal(streams.lengths, plain.lengths)
+    inputs, targets = (
+        np.concatenate([batch[place] for batch in streams], axis=1)
+        for place in range(2)
+    )
+    np.testing.assert_array_equal(targets, inputs + 1)  # as in the text
+    beginnings = inputs[:, 0] - ids[[0, 101]]
+    assert beginnings.min() >= 0
+    assert beginnings.max() < 101
+    assert beginnings[0] != beginnings[1]
+    for row in range(2):
+        turned = np.roll(ids[row * 101 :][:101], -beginnings[row])
+        np.testing.assert_array_equal(inputs[row], turned[:100])
+    other = VariableStreams(ids, 20, 2, rotates_rows=True, seed=[1, 3])
+    assert (other[0][0][:, 0] != inputs[:, 0]).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

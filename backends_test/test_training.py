@@ -504,6 +504,37 @@ def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
         load_run_corpus(config)
 
 
+@pytest.mark.skipif(
+    keras.config.backend() == "torch", reason="PyTorch compiles no steps"
+)
+@pytest.mark.parametrize("preset", ["tiny", "tiny_awd"])
+def test_later_epochs_compile_no_step_anew(preset, train, monkeypatch):
+    """A step's Python runs when it is traced, and then no more."""
+    lengths, traced = set(), []
+    step = model_module.LanguageModel.train_step
+
+    def count(self, *arguments):
+        traced.append(len(epochs))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(model_module.LanguageModel, "train_step", count)
+    epochs = []
+    begin = training_module._Keeper.begin_epoch
+
+    def note(self, batches):
+        begin(self, batches)
+        epochs.append(batches)
+        lengths.update(getattr(batches, "lengths", [0]))
+
+    monkeypatch.setattr(training_module._Keeper, "begin_epoch", note)
+    train(preset=preset, epochs=4)
+    assert len(epochs) == 4
+    # JAX's lengths are compiled when they first come.
+    assert len(traced) <= 2 + len(lengths)
+    if preset == "tiny":
+        assert set(traced) == {1}
+
+
 # What published recipes need
 
 

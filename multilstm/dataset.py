@@ -277,8 +277,12 @@ class VariableStreams(keras.utils.PyDataset):
         half_share: Of the batches, those around half the length, in 0..1.
         bucket: Lengths are multiples of it; tokens at the end of the rows
             that do not fill one are left out.
-        seed: For the lengths, one number or several: take another one for
-            every epoch.
+        rotates_rows: Whether each row begins at a place of its own, drawn
+            too, and comes to its own beginning after its end (Press, 2019,
+            arXiv:1903.04167). So other words are together in a batch in each
+            epoch. Every target is the word that follows in the text.
+        seed: For lengths and places, one number or several: take another
+            one for every epoch.
         **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
             `keras.utils.PyDataset`.
 
@@ -312,6 +316,7 @@ class VariableStreams(keras.utils.PyDataset):
         std: float = 5.0,
         half_share: float = 0.05,
         bucket: int = 5,
+        rotates_rows: bool = False,
         seed: int | Sequence[int] = 0,
         **kwargs: Any,
     ) -> None:
@@ -332,8 +337,9 @@ class VariableStreams(keras.utils.PyDataset):
                 f"{batch_size * bucket + 1} tokens; received "
                 f"{len(self.token_ids)}. Use fewer rows or more text."
             )
+        generator = np.random.default_rng(seed)
         self.lengths = _draw_lengths(
-            np.random.default_rng(seed),
+            generator,
             self.row_length // bucket * bucket,
             sequence_length,
             std=std,
@@ -341,6 +347,10 @@ class VariableStreams(keras.utils.PyDataset):
             bucket=bucket,
         )
         self._firsts = np.cumsum(self.lengths) - self.lengths
+        self._beginnings = np.zeros((batch_size, 1), np.int64)
+        if rotates_rows:
+            size = self._beginnings.shape
+            self._beginnings = generator.integers(self.row_length, size=size)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -350,14 +360,11 @@ class VariableStreams(keras.utils.PyDataset):
             raise IndexError(
                 f"There are {len(self)} batches; asked for number {index}."
             )
-        shape = (self.batch_size, self.row_length)
-        size = shape[0] * shape[1]
-        first = self._firsts[index]
-        columns = slice(first, first + self.lengths[index])
-        return (
-            self.token_ids[:size].reshape(shape)[:, columns],
-            self.token_ids[1 : size + 1].reshape(shape)[:, columns],
-        )
+        columns = self._beginnings + self._firsts[index]
+        columns = columns + np.arange(self.lengths[index])
+        row_start = np.arange(self.batch_size)[:, np.newaxis] * self.row_length
+        position = row_start + columns % self.row_length
+        return self.token_ids[position], self.token_ids[position + 1]
 
 
 def _draw_lengths(

@@ -169,7 +169,7 @@ def train(
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
     train_ids = data.train[: settings["train_tokens"]]
-    _cut(plan, train_ids, settings["seed"], 0)  # fails early, if it does
+    batches = _cut(plan, train_ids, settings["seed"], 0)
     model = _build(plan, data, settings)
     config = settings | {
         "model": model.settings,
@@ -204,10 +204,12 @@ def train(
     times = StepTimes()
 
     def cut(epoch: int) -> Any:
+        if plan.length_std is None:
+            return batches  # itself, for which steps are compiled once
         return _cut(plan, train_ids, settings["seed"], epoch)
 
     _fit(model, cut, keeper, times, progress=progress)
-    speed = times.summary(_tokens_per_step(cut(0), plan))
+    speed = times.summary(_tokens_per_step(batches, plan))
     return _finish(model, settings, keeper, speed)
 
 
@@ -461,6 +463,7 @@ def _cut(
             *sizes,
             std=plan.length_std,
             half_share=plan.half_length_share,
+            rotates_rows=plan.rotates_rows,
             seed=[seed, epoch],
         )
     if plan.carry_state:
