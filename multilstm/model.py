@@ -262,25 +262,24 @@ class LanguageModel(keras.Model):
         logits = self.projection(features)  # (batch, time, vocabulary_size)
         return (logits, final_state) if return_state else logits
 
-    def negative_log_likelihood(
+    def read(
         self,
         token_ids: Any,
-        targets: Any,
         initial_state: list[State] | None = None,
+        training: bool | None = None,
     ) -> tuple[Any, list[State]]:
-        """How unlikely the targets are, without dropout.
+        """What words are predicted from, for a loss without logits.
 
         Args:
             token_ids: int tensor of shape `(batch, time)`.
-            targets: int32 tensor of that shape.
             initial_state: As the call argument.
+            training: As the call argument.
 
         Returns:
-            Nats of each target, float32 of shape `(batch, time)`, and for
-            each layer its final `(h, c)`.
+            The inputs of `projection`, `(batch, time, units)`, and for each
+            layer its final `(h, c)`.
         """
-        features, state = self._read(token_ids, initial_state, training=False)
-        return self.projection.negative_log_likelihood(features, targets), state
+        return self._read(token_ids, initial_state, training)
 
     def _read(
         self,

@@ -45,12 +45,26 @@ class Projection(keras.layers.Layer):
         return ops.matmul(features, kernel) + bias
 
     def negative_log_likelihood(
-        self, features: Any, targets: Any, weights: Any = None
+        self,
+        features: Any,
+        targets: Any,
+        weights: Any = None,
+        *,
+        temperature: Any = None,
     ) -> Any:
-        """`ops.linear_cross_entropy` with the weights of this layer."""
-        return linear_cross_entropy(
-            features, *self._read_weights(), targets, weights
-        )
+        """`ops.linear_cross_entropy` with the weights of this layer.
+
+        Args:
+            features: Tensor of shape `(..., units)`.
+            targets: int32 tensor of shape `(...)`.
+            weights: Of each target, shape `(...)`, or None.
+            temperature: What the logits are divided by: a number or a tensor
+                that broadcasts against the bias. Default: 1.
+        """
+        kernel, bias = self._read_weights()
+        if temperature is not None:
+            kernel, bias = kernel / temperature, bias / temperature
+        return linear_cross_entropy(features, kernel, bias, targets, weights)
 
     def _read_weights(self) -> tuple[Any, Any]:
         table = self.tied_to and self.tied_to.embeddings
