@@ -33,7 +33,8 @@ from multilstm.model import LanguageModel
 Weights = list[NDArray[np.float32]]
 
 SEGMENT_LENGTH = 5  # of Krause et al., as are the rows and epsilon
-_STATISTICS_ROWS = 100
+STATISTICS_ROWS = 100
+STATISTICS_BATCHES = 200
 
 
 class DynamicEvaluator:
@@ -66,7 +67,10 @@ class DynamicEvaluator:
         self._streams: ContinuousStreams | None = None
 
     def mean_squares(
-        self, token_ids: NDArray[np.int32], *, max_batches: int = 200
+        self,
+        token_ids: NDArray[np.int32],
+        *,
+        max_batches: int = STATISTICS_BATCHES,
     ) -> Weights:
         """How large the gradients of each weight are in a training text.
 
@@ -79,7 +83,7 @@ class DynamicEvaluator:
             For each weight the mean of its squared gradients over batches.
         """
         rows = min(
-            _STATISTICS_ROWS,
+            STATISTICS_ROWS,
             max(1, (len(token_ids) - 1) // self.segment_length),
         )
         num_batches = min(
@@ -138,9 +142,7 @@ class DynamicEvaluator:
             return np.append(nats, learner.nats_of(rest[None]))
         return nats
 
-    def evaluate(
-        self, token_ids: NDArray[np.int32], **how: Any
-    ) -> Evaluation:
+    def evaluate(self, token_ids: NDArray[np.int32], **how: Any) -> Evaluation:
         """The totals of `read`."""
         nats = self.read(token_ids, **how)
         return Evaluation(float(nats.sum()), len(token_ids) - 1)

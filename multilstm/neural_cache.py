@@ -14,6 +14,7 @@ the same whichever backend gave the features.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def cache_probabilities(
     return probabilities
 
 
-def mix(nats: Floats, cached: Floats, share: float) -> Floats:
+def mix(nats: NDArray[Any], cached: Floats, share: float) -> Floats:
     """The nats of words that model and cache predict together.
 
     Args:
@@ -108,7 +109,8 @@ def mix(nats: Floats, cached: Floats, share: float) -> Floats:
             f"`share` must be 0 or more and below 1; received {share}."
         )
     nats = np.asarray(nats, np.float64)
-    with np.errstate(divide="ignore"):
+    # No share, words that the cache has not, and NaN, which is dealt with.
+    with np.errstate(divide="ignore", invalid="ignore"):
         mixed = -np.logaddexp(
             np.log1p(-share) - nats, np.log(share) + np.log(cached)
         )
