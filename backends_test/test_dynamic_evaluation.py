@@ -75,9 +75,7 @@ def segment_gradients(model, inputs, targets, states):
 
 @pytest.mark.parametrize("form", ["sgd", "rms"])
 def test_segments_are_those_of_steps_by_hand(form, text, rng):
-    by_hand = LanguageModel(
-        V, units=3, initializer_scale=0.9, carry_state=True
-    )
+    by_hand = LanguageModel(V, units=3, initializer_scale=0.9, carry_state=True)
     by_hand.build((1, SEGMENT))
     how = {"learning_rate": 0.8, "decay": 0.1}
     if form == "rms":

@@ -346,6 +346,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         load_run_corpus,
         weights_sha256,
     )
+    from multilstm.tuning import show_settings
 
     model, _, config = load_run(options.run)
     corpus = load_run_corpus(config, options.data, options.corpus)
@@ -370,6 +371,8 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         **result,
     }
     console.print(adaptation_table(result))
+    for name, figures in result["methods"].items():
+        console.print(f"{name}: {show_settings(figures['settings'])}")
     path = RunFolder(options.run).adapted
     write_json(path, finite_or_none(record))
     console.print(str(path))
@@ -377,12 +380,9 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
 
 
 def adaptation_table(result: dict[str, Any]) -> Table:
-    """One row a method: perplexities before and after, settings, seconds."""
-    from multilstm.tuning import show_settings
-
+    """One row a method: perplexities before and after, and seconds."""
     table = Table(title="perplexity, tuned on valid")
     table.add_column("method")
-    table.add_column("settings", overflow="fold")
     for heading in ("valid before", "after", "test before", "after", "s"):
         table.add_column(heading, justify="right")
     for name, figures in result["methods"].items():
@@ -391,12 +391,7 @@ def adaptation_table(result: dict[str, Any]) -> Table:
             for split in ("valid", "test")
             for about in (result["plain"], figures)
         ]
-        table.add_row(
-            name,
-            show_settings(figures["settings"]),
-            *perplexities,
-            f"{figures['seconds']:,.0f}",
-        )
+        table.add_row(name, *perplexities, f"{figures['seconds']:,.0f}")
     return table
 
 

@@ -40,7 +40,7 @@ METHODS = ("temperature", "cache", "dropout", "dynamic-sgd", "dynamic-rms")
 
 # Where tuning begins; see `tuning.py`.
 TEMPERATURES = (0.9, 1.0, 1.1)
-WINDOWS = (500, 2000)  # of these no others are tried
+WINDOWS = (100, 500, 2000)  # of these no others are tried
 THETAS = (0.1, 0.3, 1.0)
 SHARES = tuple(k / 100 for k in range(61))  # nor of these
 SGD: dict[str, Sequence[float]] = {
@@ -48,9 +48,9 @@ SGD: dict[str, Sequence[float]] = {
     "decay": (0.001, 0.003, 0.01),
 }
 RMS: dict[str, Sequence[float]] = {
-    "learning_rate": (0.0003, 0.001, 0.003),
-    "decay": (0.003, 0.01, 0.03),
-    "epsilon": (0.0001, 0.001),
+    "learning_rate": (0.0005, 0.001, 0.002),
+    "decay": (0.0003, 0.001, 0.003),
+    "epsilon": (0.001,),
 }
 
 _TOKENS = "every word of the text but the first, once, in order"
