@@ -131,27 +131,39 @@ def adapt(
         return Dynamic(model, tune_tokens, train)
 
     for name in _with_combination(methods):
-        method = make(name)
-        start = time.perf_counter()
-        settings, tuned = method.tune(
-            texts["valid"], lambda line, name=name: tell(f"{name}: {line}")
+        record["methods"][name] = _adapt_by(
+            make(name), texts, _telling_of(name, tell)
         )
-        figures = _figures(
-            {s: method.measure(t, **settings) for s, t in texts.items()}
-        )
-        tell(f"{name}: valid {figures['valid_perplexity']:.2f}")
-        record["methods"][name] = {
-            "settings": settings,
-            **figures,
-            "seconds": time.perf_counter() - start,
-            "protocol": {
-                "tokens": _TOKENS,
-                "state": method.state,
-                **getattr(method, "details", {}),
-                "tuned": tuned,
-            },
-        }
     return record
+
+
+def _telling_of(
+    name: str, tell: Callable[[str], None]
+) -> Callable[[str], None]:
+    return lambda line: tell(f"{name}: {line}")
+
+
+def _adapt_by(
+    method: Any, texts: dict[str, "_Text"], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tunes one method on valid and measures it on every text."""
+    start = time.perf_counter()
+    settings, tuned = method.tune(texts["valid"], tell)
+    figures = _figures(
+        {split: method.measure(t, **settings) for split, t in texts.items()}
+    )
+    tell(f"valid {figures['valid_perplexity']:.2f}")
+    return {
+        "settings": settings,
+        **figures,
+        "seconds": time.perf_counter() - start,
+        "protocol": {
+            "tokens": _TOKENS,
+            "state": method.state,
+            **getattr(method, "details", {}),
+            "tuned": tuned,
+        },
+    }
 
 
 class _Text:
