@@ -170,3 +170,18 @@ def language_model(
         zeros = np.zeros((len(ids), len(rest[layer + 1])))
         x, _, _ = lstm(x, zeros, zeros, *rest[layer : layer + 3])
     return x @ kernel + bias
+
+
+def neural_cache(
+    features: Array, token_ids: NDArray[np.int32], window: int, theta: float
+) -> Array:
+    """How likely the words of the window make each word, word by word."""
+    probabilities = []
+    for t in range(len(token_ids) - 1):
+        total = same = 0.0
+        for i in range(max(0, t - window), t):
+            weight = math.exp(theta * (features[t] @ features[i]))
+            total += weight
+            same += weight * (token_ids[i + 1] == token_ids[t + 1])
+        probabilities.append(same / total if total else math.nan)
+    return np.array(probabilities)

@@ -165,6 +165,59 @@ def test_evaluate_gives_6_digits_for_any_cut(command, run_folder):
     np.testing.assert_allclose(figures[1:], figures[0], rtol=5e-7)
 
 
+def test_evaluate_adapts_on_valid_and_keeps_the_figures(
+    command, run_folder, monkeypatch
+):
+    from multilstm import adaptation
+
+    monkeypatch.setattr(
+        adaptation, "SGD", {"learning_rate": (0.1,), "decay": (0.01,)}
+    )
+    _, lines, _ = command("evaluate", run_folder, "--json")
+    plain = record(lines)["test_perplexity"]
+    status, lines, err = command(
+        *("evaluate", run_folder, "--adapt", "cache"),
+        *("--adapt", "dynamic-sgd", "--tune-tokens", 30, "--json"),
+    )
+    assert status == 0
+    got = record(lines)
+    kept = json.loads((run_folder / "adapted.json").read_text())
+    assert kept == got
+    assert got["backend"] == BACKEND
+    assert len(got["weights_sha256"]) == 64
+    # Another compilation of the same model.
+    np.testing.assert_allclose(
+        got["plain"]["test_perplexity"], plain, rtol=1e-6
+    )
+    assert list(got["methods"]) == ["cache", "dynamic-sgd"]
+    table = "\n".join(lines)
+    for name, figures in got["methods"].items():
+        assert f"{figures['test_perplexity']:.2f}" in table
+        assert name in table
+        assert f"{name}: " in err  # the progress
+    assert "dynamic-sgd: learning rate 0.1, decay 0.01" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--split", "train"), "reports valid and test; received --split tra"),
+        (("--tune-tokens", 1), "`tune_tokens` must be at least 2; received 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_adapted_is_explained(
+    arguments, message, command, run_folder
+):
+    status, _, err = command(
+        "evaluate", run_folder, "--adapt", "cache", *arguments
+    )
+    assert status == 1
+    (line,) = err.splitlines()[-1:]
+    assert message in line
+    assert not (run_folder / "adapted.json").exists()
+
+
 def test_predict_prints_actual_beside_predicted_words(command, run_folder):
     status, lines, _ = command(
         "predict", run_folder, "--start", 3, "--num-words", 4, "--json"

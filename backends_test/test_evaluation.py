@@ -93,6 +93,20 @@ def test_one_evaluator_measures_texts_with_the_weights_of_the_moment(text):
         )
 
 
+def test_reading_gives_what_each_word_was_predicted_from(text):
+    model = make_model()
+    reading = Evaluator(model, 4, 16, with_features=True).read(text)
+    *_, kernel, bias = (w.astype(np.float64) for w in model.get_weights())
+    log_p = oracles.log_softmax(reading.features @ kernel + bias)
+    nats = -log_p[np.arange(len(text) - 1), text[1:]]
+    np.testing.assert_allclose(reading.nats, nats, rtol=1e-5)  # float32
+    # float32, over the whole text.
+    np.testing.assert_allclose(nats.mean(), single_pass(model, text), rtol=1e-6)
+    again = Evaluator(model, 4, 16).read(text, reading.starts)
+    np.testing.assert_allclose(again.nats, reading.nats, rtol=1e-5)  # float32
+    assert again.features is None
+
+
 def test_carried_state_is_neither_used_nor_changed(text):
     model = make_model(carry_state=True)
     model(text[:10].reshape(2, 5))

@@ -82,7 +82,7 @@ def test_tied_embeddings_of_another_size_come_after_a_product(rng):
     ids = rng.integers(V, size=(2, 3)).astype(np.int32)
     logits, features = (
         numpy(model(ids)),
-        numpy(model._read(ids, None, False)[0]),
+        numpy(model.read(ids)[0]),
     )
     table = numpy(model.embedding.embeddings)
     bottleneck = numpy(model.projection.bottleneck)
@@ -90,8 +90,8 @@ def test_tied_embeddings_of_another_size_come_after_a_product(rng):
     assert bottleneck.shape == (6, 4)
     expected = features.astype(np.float64) @ bottleneck @ table.T + bias
     np.testing.assert_allclose(logits, expected, **CLOSE)
-    nll, _ = model.negative_log_likelihood(
-        ids, keras.ops.convert_to_tensor(ids)
+    nll = model.projection.negative_log_likelihood(
+        model.read(ids)[0], keras.ops.convert_to_tensor(ids)
     )
     truth = oracles.negative_log_likelihood(logits, ids)
     np.testing.assert_allclose(numpy(nll), truth, **CLOSE)
@@ -683,7 +683,7 @@ def test_activation_regularization_is_that_of_its_paper(rng):
     model.build((2, 5))
     model.compile(keras.optimizers.SGD(0.0))
     ids = rng.integers(V, size=(2, 5)).astype(np.int32)
-    outputs = numpy(model._read(ids, None, False)[0]).astype(np.float64)
+    outputs = numpy(model.read(ids)[0]).astype(np.float64)
     expected = alpha * np.mean(outputs**2)
     expected += beta * np.mean((outputs[:, 1:] - outputs[:, :-1]) ** 2)
     nats = oracles.negative_log_likelihood(numpy(model(ids)), ids).mean()

@@ -35,6 +35,7 @@ _HOME = {
     "evaluate": "evaluation",
     "predict_next_words": "generation",
     "generate": "generation",
+    "adapt": "adaptation",
 }
 _MODULES = ("layers", "ops")
 
@@ -43,6 +44,7 @@ __all__ = [*_HOME, "layers"]
 if TYPE_CHECKING:
     from multilstm import layers as layers
     from multilstm.acceleration import accelerate as accelerate
+    from multilstm.adaptation import adapt as adapt
     from multilstm.corpus import Corpus as Corpus
     from multilstm.corpus import load_corpus as load_corpus
     from multilstm.corpus import read_words as read_words

@@ -33,6 +33,10 @@ UnknownWords = Literal["error", "drop"]
 Run = Annotated[Path, tyro.conf.Positional]
 Dtype = Literal["float32", "tf32", "bfloat16"]
 Pythons = tyro.conf.UseAppendAction[tuple[str, ...]]
+Method = Literal[
+    "temperature", "cache", "dropout", "dynamic-sgd", "dynamic-rms"
+]
+Methods = tyro.conf.UseAppendAction[tuple[Method, ...]]
 BackendName = Literal["jax", "torch", "tensorflow"]
 
 
@@ -112,6 +116,15 @@ class Evaluate(OnBackend):
     """Rows read at once; it does not change the result."""
     sequence_length: int = 64
     """Words a row read at once; it does not change the result."""
+    adapt: Methods = ()
+    """Tune a better use of the model on valid and measure it on valid and
+    test, several times for several; also in the run's adapted.json."""
+    tune_tokens: int = 10_000
+    """Words of valid on which dynamic evaluation is tuned."""
+    num_samples: int = 10
+    """Dropout masks a word of the dropout average."""
+    seed: int = 0
+    """For these masks."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -299,6 +312,8 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
 
 
 def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
+    if options.adapt:
+        return run_adapt(options, console)
     from multilstm.evaluation import PROTOCOL, evaluate
     from multilstm.run_folder import RESULT_SCHEMA
     from multilstm.training import (
@@ -333,6 +348,69 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         "num_tokens": measured.num_tokens,
         "protocol": PROTOCOL,
     }
+
+
+def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
+    if options.split == "train":
+        raise UserError(
+            "--adapt tunes on valid and reports valid and test; received "
+            "--split train. Leave --split out."
+        )
+    from multilstm.adaptation import adapt
+    from multilstm.run_folder import RunFolder
+    from multilstm.training import (
+        describe_environment,
+        load_run,
+        load_run_corpus,
+        weights_sha256,
+    )
+    from multilstm.tuning import show_settings
+
+    model, _, config = load_run(options.run)
+    corpus = load_run_corpus(config, options.data, options.corpus)
+    result = adapt(
+        model,
+        corpus,
+        methods=options.adapt,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        tune_tokens=options.tune_tokens,
+        num_samples=options.num_samples,
+        seed=options.seed,
+        tell=_telling(),
+    )
+    record = {
+        "schema": result.pop("schema"),
+        "run": str(options.run),
+        **describe_environment(),
+        "preset": config["preset"],
+        "corpus": corpus.name,
+        "weights_sha256": weights_sha256(model),
+        **result,
+    }
+    console.print(adaptation_table(result))
+    for name, figures in result["methods"].items():
+        console.print(f"{name}: {show_settings(figures['settings'])}")
+    path = RunFolder(options.run).adapted
+    write_json(path, finite_or_none(record))
+    console.print(str(path))
+    return record
+
+
+def adaptation_table(result: dict[str, Any]) -> Table:
+    """One row a method: perplexities before and after, and seconds."""
+    table = Table(title="perplexity, tuned on valid")
+    table.add_column("method")
+    for heading in ("valid before", "after", "test before", "after", "s"):
+        table.add_column(heading, justify="right")
+    for name, figures in result["methods"].items():
+        perplexities = [
+            f"{about[f'{split}_perplexity']:.2f}"
+            for split in ("valid", "test")
+            for about in (result["plain"], figures)
+        ]
+        table.add_row(name, *perplexities, f"{figures['seconds']:,.0f}")
+    return table
 
 
 def run_predict(options: Predict, console: Console) -> dict[str, Any]:

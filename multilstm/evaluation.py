@@ -41,6 +41,7 @@ _STATE_TOLERANCE = 1e-4
 _WARM_UP = 256  # words of the row before that are read for a state
 
 States = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+Outputs = list[NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Evaluation:
     total_nats: float
     num_tokens: int
 
+    @classmethod
+    def of(cls, nats: NDArray[Any]) -> "Evaluation":
+        """That of a text, from the nats of its words, summed in float64."""
+        return cls(float(np.sum(nats, dtype=np.float64)), len(nats))
+
     @property
     def cross_entropy(self) -> float:
         """Nats per word."""
@@ -66,6 +72,23 @@ class Evaluation:
         if self.cross_entropy > 700:
             return math.inf
         return math.exp(self.cross_entropy)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of each word of a text but the first.
+
+    Attributes:
+        nats: Negative log-likelihood of each, float32 of shape
+            `(num_tokens - 1,)`.
+        features: What each was predicted from, float32 of shape
+            `(num_tokens - 1, units)`. None where that was not asked for.
+        starts: The states in which the rows began, to read them again from.
+    """
+
+    nats: NDArray[np.float32]
+    features: NDArray[np.float32] | None
+    starts: States
 
 
 def evaluate(
@@ -100,10 +123,26 @@ def evaluate(
 
 
 class Evaluator:
-    """`evaluate` for one model and many texts: it is compiled only once."""
+    """`evaluate` for one model and many texts: it is compiled only once.
+
+    Args:
+        model: As of `evaluate`.
+        batch_size: As of `evaluate`.
+        sequence_length: As of `evaluate`.
+        with_features: Whether a `Reading` has features, which needs a
+            `LanguageModel`.
+        training: Whether dropout is applied, likewise. The rows must then be
+            given their starts: none ends where the next one begins.
+    """
 
     def __init__(
-        self, model: Any, batch_size: int = 20, sequence_length: int = 64
+        self,
+        model: Any,
+        batch_size: int = 20,
+        sequence_length: int = 64,
+        *,
+        with_features: bool = False,
+        training: bool = False,
     ) -> None:
         for name, size in (
             ("batch_size", batch_size),
@@ -116,10 +155,40 @@ class Evaluator:
         self.model = model
         self.batch_size = batch_size
         self.sequence_length = sequence_length
-        self._chunk = _Chunk(model)
+        self._chunk = _Chunk(model, with_features, training)
 
     def __call__(self, token_ids: NDArray[np.int32]) -> Evaluation:
-        token_ids = np.asarray(token_ids)
+        return Evaluation.of(self.read(token_ids).nats)
+
+    def read(
+        self, token_ids: NDArray[np.int32], starts: States | None = None
+    ) -> Reading:
+        """Reads a text, word by word.
+
+        Args:
+            token_ids: int32 array of shape `(num_tokens,)`.
+            starts: The `starts` of another reading of this text, by an
+                evaluator with the same sizes. Default: those with which the
+                rows are one pass.
+        """
+        streams = self._fold(np.asarray(token_ids))
+        if starts is not None:
+            outputs, _ = self._read(streams, starts)
+            return _unfold(outputs, streams, starts)
+        used_rows = -(-(len(token_ids) - 1) // streams.row_length)
+        starts = self._guess_starts(streams)
+        for _ in range(streams.batch_size):
+            outputs, ends = self._read(streams, starts)
+            read_from, correct = starts, _move_down(ends)
+            error = _largest_difference(starts, correct, used_rows)
+            if not error > _STATE_TOLERANCE:
+                break
+            logger.info("Rows began %.1e off, reading again", error)
+            starts = correct
+        return _unfold(outputs, streams, read_from)
+
+    def _fold(self, token_ids: NDArray[np.int32]) -> ContinuousStreams:
+        """The text in rows, after it was checked."""
         if len(token_ids) < 2:
             raise UserError(
                 "A perplexity needs two words or more, one to predict the "
@@ -134,18 +203,7 @@ class Evaluator:
                 )
         # Short texts in fewer rows, so that a row is not mostly warm-up.
         rows = max(1, min(self.batch_size, len(token_ids) // 16))
-        streams = ContinuousStreams(token_ids, self.sequence_length, rows)
-        used_rows = -(-(len(token_ids) - 1) // streams.row_length)
-        starts = self._guess_starts(streams)
-        for _ in range(rows):
-            total, ends = self._read(streams, starts)
-            correct = _move_down(ends)
-            error = _largest_difference(starts, correct, used_rows)
-            if not error > _STATE_TOLERANCE:
-                break
-            logger.info("Rows began %.1e off, reading again", error)
-            starts = correct
-        return Evaluation(total, len(token_ids) - 1)
+        return ContinuousStreams(token_ids, self.sequence_length, rows)
 
     def _guess_starts(self, streams: ContinuousStreams) -> States:
         """Reads the last words of each row for the state of the next."""
@@ -160,29 +218,27 @@ class Evaluator:
             position = np.minimum(
                 row_start + columns, len(streams.token_ids) - 2
             )
-            inputs = streams.token_ids[position]
-            _, states = self._chunk.predict_on_batch((inputs, inputs, states))
+            states = self._advance(streams.token_ids[position], states)
         return _move_down(states)
 
     def _read(
         self, streams: ContinuousStreams, states: States
-    ) -> tuple[float, States]:
-        """Reads all rows; the nats, and the state at the end of each row."""
-        total = 0.0
+    ) -> tuple[list[Outputs], States]:
+        """Reads all rows; what each chunk gives, and where the rows end."""
+        chunks = []
         tail = streams.row_length % self.sequence_length
         for k in range(len(streams)):
-            inputs, targets, weights = streams[k]
+            inputs, targets, _ = streams[k]
             if tail and k == len(streams) - 1:
                 ends = self._advance(inputs[:, :tail], states)
-            nll, states = self._chunk.predict_on_batch(
+            outputs, states = self._chunk.predict_on_batch(
                 (inputs, targets, states)
             )
-            nll = np.asarray(nll, np.float64)
-            total += float(nll[weights > 0].sum())
-        return total, ends if tail else states
+            chunks.append(outputs)
+        return chunks, ends if tail else states
 
     def _advance(self, inputs: NDArray[np.int32], states: States) -> States:
-        """The states after `inputs`, fewer words than a chunk has."""
+        """The states after `inputs`, which may be fewer words than usual."""
         _, states = self._chunk.predict_on_batch((inputs, inputs, states))
         return states
 
@@ -190,16 +246,27 @@ class Evaluator:
 class _Chunk(keras.Model):
     """One chunk of every row, compiled by Keras: nats a word, and states."""
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(
+        self, language_model: Any, with_features: bool, training: bool
+    ) -> None:
         super().__init__(name="chunk")
         self.language_model = language_model
+        self.with_features = with_features
+        self.with_dropout = training
 
     def call(self, chunk: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         token_ids, targets, states = chunk
-        if hasattr(self.language_model, "negative_log_likelihood"):
-            nll, states = self.language_model.negative_log_likelihood(
-                token_ids, targets, states
+        if hasattr(self.language_model, "read"):
+            features, states = self.language_model.read(
+                token_ids, states, training=self.with_dropout
             )
+            outputs = [
+                self.language_model.projection.negative_log_likelihood(
+                    features, targets
+                )
+            ]
+            if self.with_features:
+                outputs.append(ops.cast(features, "float32"))
         else:
             logits, states = self.language_model(
                 token_ids,
@@ -207,13 +274,35 @@ class _Chunk(keras.Model):
                 return_state=True,
                 training=False,
             )
-            nll = ops.sparse_categorical_crossentropy(
-                targets, ops.cast(logits, "float32"), from_logits=True
-            )
-        return nll, [
+            outputs = [
+                ops.sparse_categorical_crossentropy(
+                    targets, ops.cast(logits, "float32"), from_logits=True
+                )
+            ]
+        return outputs, [
             tuple(ops.cast(state, "float32") for state in layer)
             for layer in states
         ]
+
+
+def _unfold(
+    chunks: list[Outputs], streams: ContinuousStreams, starts: States
+) -> Reading:
+    """The rows one after the other, without what fills up the last ones."""
+    num_words = len(streams.token_ids) - 1
+    nats, *features = (
+        np.concatenate(
+            [np.asarray(output, np.float32) for output in outputs], axis=1
+        )[:, : streams.row_length]  # (rows, row_length[, units])
+        for outputs in zip(*chunks, strict=True)
+    )
+    return Reading(
+        nats.reshape(-1)[:num_words],
+        features[0].reshape(-1, features[0].shape[-1])[:num_words]
+        if features
+        else None,
+        starts,
+    )
 
 
 def _move_down(ends: States) -> States:

@@ -287,39 +287,43 @@ class LanguageModel(keras.Model):
         return_state: bool = False,
         training: bool | None = None,
     ) -> Any:
-        features, final_state = self._read(token_ids, initial_state, training)
+        outputs, features, final_state = self._read(
+            token_ids, initial_state, training
+        )
+        if training:
+            self._regularize(outputs, features)
         if self._gives_features:
             return features
         logits = self.projection(features)  # (batch, time, vocabulary_size)
         return (logits, final_state) if return_state else logits
 
-    def negative_log_likelihood(
+    def read(
         self,
         token_ids: Any,
-        targets: Any,
         initial_state: list[State] | None = None,
+        training: bool | None = None,
     ) -> tuple[Any, list[State]]:
-        """How unlikely the targets are, without dropout.
+        """What words are predicted from, for a loss without logits.
 
         Args:
             token_ids: int tensor of shape `(batch, time)`.
-            targets: int32 tensor of that shape.
             initial_state: As the call argument.
+            training: As the call argument.
 
         Returns:
-            Nats of each target, float32 of shape `(batch, time)`, and for
-            each layer its final `(h, c)`.
+            The inputs of `projection`, `(batch, time, units)`, and for each
+            layer its final `(h, c)`.
         """
-        features, state = self._read(token_ids, initial_state, training=False)
-        return self.projection.negative_log_likelihood(features, targets), state
+        _, features, state = self._read(token_ids, initial_state, training)
+        return features, state
 
     def _read(
         self,
         token_ids: Any,
         initial_state: list[State] | None,
         training: bool | None,
-    ) -> tuple[Any, list[State]]:
-        """The features to predict from, `(batch, time, units)`, and states."""
+    ) -> tuple[Any, Any, list[State]]:
+        """Last layer's outputs, features to predict from, and states."""
         # (batch, time, embedding_dim)
         x = self.embedding(token_ids, training=training)
         x = self.dropouts[0](x, training=training)
@@ -337,9 +341,7 @@ class LanguageModel(keras.Model):
             )
             final_state += ends
         features = self.dropouts[-1](x, training=training)
-        if training:
-            self._regularize(x, features)
-        return features, final_state
+        return x, features, final_state
 
     def _regularize(self, outputs: Any, features: Any) -> None:
         """Adds to the loss what the last layer's outputs cost."""

@@ -57,11 +57,27 @@ class Projection(keras.layers.Layer):
         return ops.matmul(features, kernel) + bias
 
     def negative_log_likelihood(
-        self, features: Any, targets: Any, weights: Any = None
+        self,
+        features: Any,
+        targets: Any,
+        weights: Any = None,
+        *,
+        temperature: Any = None,
     ) -> Any:
-        """`ops.linear_cross_entropy` with the weights of this layer."""
+        """`ops.linear_cross_entropy` with the weights of this layer.
+
+        Args:
+            features: Tensor of shape `(..., units)`.
+            targets: int32 tensor of shape `(...)`.
+            weights: Of each target, shape `(...)`, or None.
+            temperature: What the logits are divided by: a number or a tensor
+                that broadcasts against the bias. Default: 1.
+        """
+        kernel, bias = self._read_weights()
+        if temperature is not None:
+            kernel, bias = kernel / temperature, bias / temperature
         return linear_cross_entropy(
-            self._narrow(features), *self._read_weights(), targets, weights
+            self._narrow(features), kernel, bias, targets, weights
         )
 
     def _narrow(self, features: Any) -> Any:

@@ -6,6 +6,7 @@
                           random state, position in the data, history
     best.weights.h5       the weights with the lowest validation perplexity
     result.json           the figures, when training has ended
+    adapted.json          those of `multilstm evaluate --adapt`
 
 No file is ever half-written: each is written under a temporary name and then
 renamed. None is a pickle.
@@ -68,6 +69,7 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint" / "last.npz"
         self.best_weights = self.path / "best.weights.h5"
         self.result = self.path / "result.json"
+        self.adapted = self.path / "adapted.json"
 
     def create(self, config: dict[str, Any], vocabulary: Vocabulary) -> None:
         """Starts a run.
