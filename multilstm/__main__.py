@@ -29,6 +29,7 @@ from multilstm.selection import (
 )
 
 UnknownWords = Literal["error", "drop"]
+Softmax = Literal["exact", "adaptive", "sampled"]
 Run = Annotated[Path, tyro.conf.Positional]
 Dtype = Literal["float32", "tf32", "bfloat16"]
 Pythons = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -74,6 +75,15 @@ class Train(OnBackend):
     """Steps of back-propagation. Default: the preset's."""
     learning_rate: float | None = None
     """Of the first epochs. Default: the preset's."""
+    softmax: Softmax | None = None
+    """exact; adaptive: fewer numbers for rare words; sampled: trained on a
+    sample of the words. Default: exact."""
+    cutoffs: tuple[int, ...] | None = None
+    """Of the adaptive softmax, the first word of each tail. Default: a
+    twentieth and a quarter of the vocabulary."""
+    num_sampled: int | None = None
+    """Of the sampled softmax, words drawn for a batch. Default: an eighth of
+    the vocabulary, at most 8,192."""
     seed: int | None = None
     """For initial weights and dropout. Default: 0."""
     patience: int | None = None

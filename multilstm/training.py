@@ -15,7 +15,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import device_name, last_kernel, sync_variables
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
+from multilstm.projection import Softmax
 from multilstm.run_folder import RESULT_SCHEMA, History, Progress, RunFolder
 from multilstm.vocabulary import UnknownWords, Vocabulary
 
@@ -46,6 +47,9 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": None,
     "sequence_length": None,
     "learning_rate": None,
+    "softmax": "exact",
+    "cutoffs": None,
+    "num_sampled": None,
     "seed": 0,
     "patience": None,
     "until_perplexity": None,
@@ -74,6 +78,9 @@ def train(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     learning_rate: float | None = None,
+    softmax: Softmax | None = None,
+    cutoffs: Sequence[int] | None = None,
+    num_sampled: int | None = None,
     seed: int | None = None,
     patience: int | None = None,
     until_perplexity: float | None = None,
@@ -94,6 +101,11 @@ def train(
         sequence_length: Steps of back-propagation. Default: the preset's.
         learning_rate: Of the first epochs, for the loss that the preset's
             source has. Default: the preset's.
+        softmax: `"exact"`, `"adaptive"` or `"sampled"`; see `LanguageModel`.
+            With `"sampled"` the perplexity of training is an estimate, the
+            others are exact. Default: `"exact"`.
+        cutoffs: Of the adaptive softmax; see `LanguageModel`.
+        num_sampled: Of the sampled softmax; see `LanguageModel`.
         seed: For initial weights and dropout. Default: 0.
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
@@ -124,6 +136,9 @@ def train(
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "learning_rate": learning_rate,
+        "softmax": softmax,
+        "cutoffs": None if cutoffs is None else list(cutoffs),
+        "num_sampled": num_sampled,
         "seed": seed,
         "patience": patience,
         "until_perplexity": until_perplexity,
@@ -142,7 +157,7 @@ def train(
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
     batches = _cut(plan, data.train)
-    model = _build(plan, data, settings["seed"])
+    model = _build(plan, data, settings)
     config = settings | {
         "model": model.settings,
         "preset_settings": dataclasses.asdict(plan),
@@ -366,12 +381,15 @@ def _check_splits(data: Corpus) -> None:
             )
 
 
-def _build(plan: Preset, data: Corpus, seed: int) -> LanguageModel:
+def _build(
+    plan: Preset, data: Corpus, settings: dict[str, Any]
+) -> LanguageModel:
+    names = ("softmax", "cutoffs", "num_sampled", "seed")
     model = LanguageModel(
         len(data.vocabulary),
         **plan.architecture(),
         preset=plan.name,
-        seed=seed,
+        **{name: settings[name] for name in names},
     )
     model.build((plan.batch_size, plan.sequence_length))
     model.compile(make_optimizer(plan))

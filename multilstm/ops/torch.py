@@ -189,6 +189,26 @@ def linear_cross_entropy(
     return nll.reshape(shape)
 
 
+def cross_entropy_of_some(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    is_wanted: Any,
+) -> Any:
+    """As `reference.cross_entropy_of_some`, of as many as there are."""
+    (places,) = is_wanted.reshape(-1).nonzero(as_tuple=True)
+    features = features.reshape(targets.numel(), -1).index_select(0, places)
+    nll = linear_cross_entropy(
+        features @ down,
+        kernel,
+        kernel.new_zeros(kernel.shape[1]),
+        targets.reshape(-1).index_select(0, places),
+    )
+    all_nll = nll.new_zeros(targets.numel())
+    return all_nll.index_copy(0, places, nll).reshape(targets.shape)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
