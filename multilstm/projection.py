@@ -25,7 +25,7 @@ from multilstm.ops import embedding_lookup, linear_cross_entropy
 
 Softmax = Literal["exact", "sampled", "adaptive"]
 
-# So little that the word itself is the only one left, in bfloat16 too.
+# A logit that no other one can be below.
 _NEVER = -1e9
 
 
@@ -113,7 +113,7 @@ class SampledProjection(Projection):
 
     Reference:
         Jean et al., 2015, arXiv:1412.2007, section 3; the target's weight of
-        one as in Blanc and Rendle, 2018, arXiv:1712.00527, section 2.2.
+        one as in Blanc and Rendle, 2018, arXiv:1712.00527.
     """
 
     def __init__(
@@ -206,7 +206,9 @@ def draw_words(num_sampled: int, vocabulary_size: int, seed: Any) -> Any:
         int32 tensor of shape `(num_sampled,)`, in ascending order.
     """
     width = math.log(vocabulary_size + 1) / num_sampled
-    starts = np.exp(np.arange(num_sampled) * width).astype(np.float32)
+    starts = ops.convert_to_tensor(
+        np.exp(np.arange(num_sampled) * width), "float32"
+    )
     place = keras.random.uniform((num_sampled,), dtype="float32", seed=seed)
     words = ops.floor(starts * ops.exp(place * width)) - 1
     return ops.cast(ops.clip(words, 0, vocabulary_size - 1), "int32")
