@@ -135,8 +135,8 @@ def test_padding_counts_nothing_whatever_its_target(kind, rng):
     results = []
     for padding in (-100, 3):
         model = small_model(kind, num_layers=1)
+        model.build(inputs.shape)
         features, _ = model._read(inputs, None, False)
-        model.projection.build(features.shape)
         padded = np.where(weights == 0, padding, targets).astype(np.int32)
         nll = model.projection.negative_log_likelihood(
             features,
