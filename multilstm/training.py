@@ -182,6 +182,11 @@ def train(
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
     )
+    if settings["softmax"] == "sampled":
+        logger.warning(
+            "The loss and perplexity of training are estimates, from a sample "
+            "of the words; those of valid and test are exact."
+        )
     if keeper.has_ended and folder.result.exists():
         result = read_json(folder.result, schema=RESULT_SCHEMA)
         if (result["status"], result["epochs"]) == (
@@ -685,6 +690,7 @@ def _finish(
             "initial_weights_sha256"
         ],
         "learning_rate": keeper.plan.learning_rate,
+        "softmax": settings["softmax"],
         "parameters": model.count_params(),
         "epochs": len(history),
         "best_epoch": best_epoch(history)["epoch"] if history else None,

@@ -361,7 +361,9 @@ def _cross_entropy_of_first_backward(
             k, size, count, features, targets, upstream
         )
         _, pull = jax.vjp(
-            lambda *arguments: _cross_entropy_of_block(*arguments, part[1]),
+            lambda down, kernel, features: _cross_entropy_of_block(
+                down, kernel, features, part[1]
+            ),
             down,
             kernel,
             part[0],
