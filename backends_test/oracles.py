@@ -185,3 +185,37 @@ def neural_cache(
             same += weight * (token_ids[i + 1] == token_ids[t + 1])
         probabilities.append(same / total if total else math.nan)
     return np.array(probabilities)
+
+
+def adaptive_log_softmax(
+    features: Array,
+    head_kernel: Array,
+    head_bias: Array,
+    tails: Sequence[Array],
+) -> Array:
+    """Log-probabilities of all words; `tails` has two matrices for each."""
+    num_tails = len(tails) // 2
+    head = log_softmax(features @ head_kernel + head_bias)
+    parts = [head[:, : head.shape[1] - num_tails]]
+    for k in range(num_tails):
+        within = log_softmax(features @ tails[2 * k] @ tails[2 * k + 1])
+        parts.append(head[:, k - num_tails, np.newaxis] + within)
+    return np.concatenate(parts, axis=1)
+
+
+def sampled_cross_entropy(
+    logits: Array, targets: NDArray[np.int32], sampled: NDArray[np.int32]
+) -> Array:
+    """The target among a sample of words, one token and word at a time."""
+    vocabulary_size = logits.shape[1]
+    losses = []
+    for row, target in zip(logits, targets, strict=True):
+        total = math.exp(row[target])
+        for word in sampled:
+            probability = math.log((word + 2) / (word + 1)) / math.log(
+                vocabulary_size + 1
+            )
+            if word != target:
+                total += math.exp(row[word]) / (len(sampled) * probability)
+        losses.append(math.log(total) - row[target])
+    return np.array(losses)

@@ -202,3 +202,8 @@ def test_nothing_is_tuned_on_test(corpus, few):
 def test_what_cannot_be_adapted_is_refused(arguments, message, corpus):
     with pytest.raises(UserError, match=message):
         adapt(make_model(), corpus, **arguments)
+
+
+def test_logits_of_an_adaptive_softmax_have_no_temperature(corpus):
+    with pytest.raises(UserError, match="softmax='adaptive'"):
+        adapt(make_model(softmax="adaptive"), corpus)

@@ -9,11 +9,12 @@ import keras
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
+LARGE_VOCABULARY = SCRIPT.with_name("large_vocabulary.py")
 
 
-def run(*arguments):
+def run(*arguments, script=SCRIPT):
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
+        [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -90,3 +91,24 @@ def test_benchmark_refuses_sizes_that_cannot_be():
     done = run("--shapes", "tiny", "--rounds", "0")
     assert done.returncode == 2
     assert "received '0'" in done.stderr
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):
+    out = tmp_path / "result.json"
+    sizes = ["--vocabulary-size", "60", "--units", "8", "--steps", "1"]
+    done = run(
+        *("--kinds", "sampled", "--rounds", "1", "--out", out, *sizes),
+        script=LARGE_VOCABULARY,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(
+        out.read_text()
+    )
+    [(kind, found)] = json.loads(out.read_text())["results"].items()
+    assert (kind, found["num_sampled"]) == ("sampled", 7)
+    assert found["step_time_ms"]["median"] > 0
+    assert found["peak_over_start_mb"] > 0
+    rows = run("--markdown", out, script=LARGE_VOCABULARY).stdout.splitlines()
+    assert f"{found['tokens_per_second']:,.0f} tokens/s" in rows[3]
+    assert rows[4] == "| adaptive |  |"

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -44,8 +45,33 @@ def run_folder(command, tiny, corpus_folder, tmp_path):
     return out
 
 
+@pytest.fixture
+def tiny_windows_untied(tiny, monkeypatch):
+    """A small preset with a projection of its own."""
+    preset = replace(PRESETS["tiny_windows"], tied_embeddings=False)
+    monkeypatch.setitem(PRESETS, "tiny_windows", preset)
+    return preset.name
+
+
 def record(lines):
     return json.loads(lines[-1])
+
+
+def test_softmax_of_the_command_line_is_that_of_the_run(
+    command, tiny_windows_untied, corpus_folder, tmp_path
+):
+    arguments = ["train", "--preset", tiny_windows_untied, "--epochs", 1]
+    arguments += ["--corpus", corpus_folder, "--out", tmp_path / "run"]
+    status, lines, _ = command(
+        *arguments, "--softmax", "adaptive", "--cutoffs", 2, 5, "--json"
+    )
+    assert status == 0
+    assert record(lines)["softmax"] == "adaptive"
+    model, *_ = load_run(tmp_path / "run")
+    assert model.settings["cutoffs"] == [2, 5]
+    status, _, err = command(*arguments, "--num-sampled", 0, "--resume")
+    assert status == 1
+    assert "num_sampled=None; received 0" in err
 
 
 def test_train_prints_what_the_result_says(

@@ -70,6 +70,18 @@ def test_config_brings_the_same_draw_back(seed):
     )
 
 
+def test_draws_at_other_places_are_others():
+    initializer = NumPyInitializer("uniform", scale=0.2, seed=5)
+    draws = [
+        keras.ops.convert_to_numpy(draws((4, 2)))
+        for draws in (initializer, initializer.at(1), initializer.at(1, 2))
+    ]
+    assert len(np.unique(draws)) == 24
+    np.testing.assert_array_equal(
+        draws[2], draw((4, 2), "uniform", scale=0.2, seed=[5, 1, 2])
+    )
+
+
 def test_unknown_kind_is_refused():
     with pytest.raises(UserError, match=r"glorot_uniform.*received 'normal'"):
         NumPyInitializer("normal")

@@ -767,6 +767,50 @@ def test_gradient_of_a_tied_kernel_is_that_of_its_table(rng):
     np.testing.assert_allclose(gradient, expected[1].T, **FLOAT32)
 
 
+SOME = [ops.cross_entropy_of_some, reference.cross_entropy_of_some]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("function", SOME, ids=["ops", "reference"])
+@pytest.mark.parametrize("num_wanted", [0, 1, 16, 17, 40])
+def test_cross_entropy_of_some_is_0_for_the_others(
+    rng, num_wanted, function, traced
+):
+    """Forty tokens, of which JAX takes 16 at a time; others have no target."""
+    (_, kernel, _), targets = draw_projection(rng, 40, 3, 11)
+    down = rng.standard_normal((5, 3)).astype(np.float32)
+    features = rng.standard_normal((40, 5)).astype(np.float32)
+    wanted = rng.permutation(40) < num_wanted
+    targets = np.where(wanted, targets, -100).astype(np.int32)
+    upstream = rng.standard_normal(40).astype(np.float32)
+
+    def nll(features, down, kernel, targets, wanted):
+        shape = (8, 5)
+        features = keras.ops.reshape(features, (*shape, 5))
+        targets, wanted = (
+            keras.ops.reshape(array, shape) for array in (targets, wanted)
+        )
+        got = function(features, down, kernel, targets, wanted)
+        return keras.ops.reshape(got, (-1,))
+
+    arguments = [features, down, kernel, targets, wanted]
+    [got], gradients = run(nll, arguments, [upstream], traced=traced)
+    exact = [a.astype(float) for a in (features, down, kernel)]
+    features, down, kernel = exact
+    few = (features[wanted] @ down, kernel, np.zeros(11), targets[wanted])
+    truth = np.zeros(40)
+    truth[wanted] = oracles.linear_cross_entropy(*few)
+    np.testing.assert_allclose(got, truth, **FLOAT32)
+    d_few, d_kernel, _ = oracles.linear_cross_entropy_gradients(
+        *few, upstream[wanted]
+    )
+    d_features = np.zeros_like(features)
+    d_features[wanted] = d_few @ down.T
+    expected = [d_features, features[wanted].T @ d_few, d_kernel]
+    for gradient, truth in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, truth, **FLOAT32)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "vocabulary_size", "max_bytes", "size"),
     [

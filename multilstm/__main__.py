@@ -30,6 +30,7 @@ from multilstm.selection import (
 )
 
 UnknownWords = Literal["error", "drop"]
+Softmax = Literal["exact", "adaptive", "sampled"]
 Run = Annotated[Path, tyro.conf.Positional]
 Dtype = Literal["float32", "tf32", "bfloat16"]
 Pythons = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -86,6 +87,15 @@ class Train(OnBackend):
     """Run whose best weights to begin with, as awd_finetune does."""
     train_tokens: int | None = None
     """Use only so many of the first words of the training text."""
+    softmax: Softmax | None = None
+    """exact; adaptive: fewer numbers for rare words; sampled: trained on a
+    sample of the words. Default: exact."""
+    cutoffs: tuple[int, ...] | None = None
+    """Of the adaptive softmax, the first word of each tail. Default: a
+    twentieth and a quarter of the vocabulary."""
+    num_sampled: int | None = None
+    """Of the sampled softmax, words drawn for a batch. Default: an eighth of
+    the vocabulary, at most 8,192."""
     seed: int | None = None
     """For initial weights and dropout. Default: 0."""
     patience: int | None = None

@@ -473,6 +473,12 @@ def _check(
             raise UserError(
                 f"`{name}` must be at least {least}; received {number}."
             )
+    if "temperature" in methods and model.settings["softmax"] == "adaptive":
+        raise UserError(
+            "`temperature` divides logits, of which an adaptive softmax has "
+            "none for all words together; received softmax='adaptive'. Leave "
+            "temperature out."
+        )
     if "dropout" in methods and not any(
         value
         for name, value in model.settings.items()

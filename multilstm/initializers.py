@@ -63,6 +63,13 @@ class NumPyInitializer(keras.initializers.Initializer):
             values = generator.uniform(-limit, limit, shape)
         return keras.ops.convert_to_tensor(values.astype(np.float32), dtype)
 
+    def at(self, *place: int) -> "NumPyInitializer":
+        """The same kind of draw from other numbers, for another weight."""
+        seed = [self.seed] if isinstance(self.seed, int) else self.seed
+        return NumPyInitializer(
+            self.kind, scale=self.scale, seed=[*seed, *place]
+        )
+
     def get_config(self) -> dict[str, Any]:
         return {"kind": self.kind, "scale": self.scale, "seed": self.seed}
 

@@ -36,7 +36,7 @@ from multilstm.ops import (
 )
 from multilstm.optimizers import SGD, Adam
 from multilstm.presets import Preset, find_preset
-from multilstm.projection import Projection
+from multilstm.projection import choose_softmax, make_projection
 
 Initialization = Literal["uniform", "torch", "torch_normal"]
 
@@ -118,6 +118,13 @@ class LanguageModel(keras.Model):
             `initializer_scale` is None.
         carry_state: Whether a batch starts from the state in which the one
             before ended; see `ContinuousStreams`.
+        softmax: `"exact"`; `"adaptive"`, with fewer numbers for rare words;
+            `"sampled"`, in training over a sample of the words. Words must
+            be sorted by frequency, as those of a `Vocabulary` are.
+        cutoffs: Of the adaptive softmax, the first word of each tail.
+            Default: a twentieth and a quarter of the vocabulary.
+        num_sampled: Of the sampled softmax, words drawn for a batch. Default:
+            an eighth of the vocabulary, at most 8,192.
         seed: For initial weights, the same on every backend, and dropout.
         preset: Name of the preset whose optimizer `compile()` takes.
         **kwargs: Of `keras.Model`: `name`, `dtype`.
@@ -158,6 +165,9 @@ class LanguageModel(keras.Model):
         initializer: Initialization = "uniform",
         unit_forget_bias: bool = True,
         carry_state: bool = False,
+        softmax: str = "exact",
+        cutoffs: Sequence[int] | None = None,
+        num_sampled: int | None = None,
         seed: int = 0,
         preset: str | None = None,
         **kwargs: Any,
@@ -191,6 +201,14 @@ class LanguageModel(keras.Model):
             "seed": seed,
             "preset": preset,
         }
+        softmax_settings = choose_softmax(
+            softmax,
+            vocabulary_size,
+            cutoffs=cutoffs,
+            num_sampled=num_sampled,
+            tied=tied_embeddings,
+        )
+        self.settings |= softmax_settings
         self.vocabulary_size = vocabulary_size
         self.carry_state = carry_state
         self.preset = preset
@@ -237,11 +255,13 @@ class LanguageModel(keras.Model):
             )
             for i, units in enumerate(units_of)
         ]
-        self.projection = Projection(
+        self.projection = make_projection(
+            softmax_settings,
             vocabulary_size,
             kernel_initializer=draw.of_projection("glorot_uniform", 0),
             bias_initializer=draw.of_projection("zeros", 1),
             tied_to=self.embedding if tied_embeddings else None,
+            seed=seed + len(self.dropouts),
             dtype=self.dtype_policy,
             name="projection",
         )
@@ -415,7 +435,9 @@ class LanguageModel(keras.Model):
             y = ops.convert_to_tensor(y, "int32")
             weights = _token_weights(y, sample_weight)
             nats = ops.sum(
-                self.projection.negative_log_likelihood(y_pred, y, weights)
+                self.projection.negative_log_likelihood(
+                    y_pred, y, weights, training=training
+                )
             )
             tokens = ops.sum(weights)
         else:
@@ -575,7 +597,7 @@ class LanguageModel(keras.Model):
         for layer in self.lstms:
             num_weights += (features + layer.units) * 4 * layer.units
             features = layer.units
-        num_weights += features * self.vocabulary_size
+        num_weights += features * self.projection.words_per_target
         # Forward a product and a sum, back twice that.
         num_tokens: int = data.batch_size * data.sequence_length
         return 6 * num_weights * num_tokens

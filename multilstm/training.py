@@ -15,7 +15,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,6 +38,7 @@ from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import device_name, last_kernel, sync_variables
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
+from multilstm.projection import Softmax
 from multilstm.run_folder import RESULT_SCHEMA, History, Progress, RunFolder
 from multilstm.vocabulary import UnknownWords, Vocabulary
 
@@ -54,6 +55,9 @@ DEFAULTS: dict[str, Any] = {
     "precision": "float32",
     "starts_from": None,
     "train_tokens": None,
+    "softmax": "exact",
+    "cutoffs": None,
+    "num_sampled": None,
     "seed": 0,
     "patience": None,
     "until_perplexity": None,
@@ -88,6 +92,9 @@ def train(
     precision: Precision | None = None,
     starts_from: str | Path | None = None,
     train_tokens: int | None = None,
+    softmax: Softmax | None = None,
+    cutoffs: Sequence[int] | None = None,
+    num_sampled: int | None = None,
     seed: int | None = None,
     patience: int | None = None,
     until_perplexity: float | None = None,
@@ -117,6 +124,11 @@ def train(
             Default: none; a preset that goes on from another needs it.
         train_tokens: Only so many of the training text's first words.
             Default: all.
+        softmax: `"exact"`, `"adaptive"` or `"sampled"`; see `LanguageModel`.
+            With `"sampled"` the perplexity of training is an estimate, the
+            others are exact. Default: `"exact"`.
+        cutoffs: Of the adaptive softmax; see `LanguageModel`.
+        num_sampled: Of the sampled softmax; see `LanguageModel`.
         seed: For initial weights and dropout. Default: 0.
         patience: Stop after this many epochs without a better validation
             perplexity. Default: never.
@@ -151,6 +163,9 @@ def train(
         "precision": precision,
         "starts_from": starts_from and str(Path(starts_from).resolve()),
         "train_tokens": train_tokens,
+        "softmax": softmax,
+        "cutoffs": None if cutoffs is None else list(cutoffs),
+        "num_sampled": num_sampled,
         "seed": seed,
         "patience": patience,
         "until_perplexity": until_perplexity,
@@ -194,6 +209,11 @@ def train(
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
     )
+    if settings["softmax"] == "sampled":
+        logger.warning(
+            "The loss and perplexity of training are estimates, from a sample "
+            "of the words; those of valid and test are exact."
+        )
     if keeper.has_ended and folder.result.exists():
         result = read_json(folder.result, schema=RESULT_SCHEMA)
         if (result["status"], result["epochs"]) == (
@@ -419,12 +439,13 @@ def _check_splits(data: Corpus) -> None:
 def _build(
     plan: Preset, data: Corpus, settings: dict[str, Any]
 ) -> LanguageModel:
+    names = ("softmax", "cutoffs", "num_sampled", "seed")
     model = LanguageModel(
         len(data.vocabulary),
         **plan.architecture(),
         preset=plan.name,
-        seed=settings["seed"],
         dtype=settings["precision"],
+        **{name: settings[name] for name in names},
     )
     model.build((plan.batch_size, plan.sequence_length))
     if settings["starts_from"] is not None:
@@ -777,6 +798,7 @@ def _finish(
         "precision": settings["precision"],
         "learning_rate": keeper.plan.learning_rate,
         "train_tokens": settings["train_tokens"],
+        "softmax": settings["softmax"],
         "parameters": model.count_params(),
         "epochs": len(history),
         "best_epoch": best_epoch(history)["epoch"] if history else None,

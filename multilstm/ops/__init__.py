@@ -9,6 +9,7 @@ import keras
 from multilstm.ops.evidence import explain_once, last_kernel
 from multilstm.ops.reference import (
     check_rows,
+    cross_entropy_of_some,
     device_name,
     embedding_lookup,
     feed,
@@ -24,6 +25,7 @@ from multilstm.ops.reference import (
 
 if keras.config.backend() == "jax":
     from multilstm.ops.jax import (
+        cross_entropy_of_some,
         device_name,
         linear_cross_entropy,
         lstm,
@@ -34,6 +36,7 @@ if keras.config.backend() == "jax":
     )
 elif keras.config.backend() == "torch":
     from multilstm.ops.torch import (
+        cross_entropy_of_some,
         device_name,
         fuse_optimizer,
         linear_cross_entropy,
@@ -43,6 +46,7 @@ elif keras.config.backend() == "torch":
 elif keras.config.backend() == "tensorflow":
     from multilstm.ops.tensorflow import (
         check_rows,
+        cross_entropy_of_some,
         device_name,
         embedding_lookup,
         feed,
@@ -62,6 +66,7 @@ else:
 
 __all__ = [
     "check_rows",
+    "cross_entropy_of_some",
     "device_name",
     "embedding_lookup",
     "explain_once",

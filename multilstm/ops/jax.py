@@ -22,6 +22,10 @@ from multilstm.ops.evidence import explain_once, note_kernel
 
 _float32 = jnp.float32
 
+# Blocks in which a part of a batch's tokens is worked off: each reads all
+# weights, and a block that is not full is computed in whole.
+_LEAST_BLOCK, _MOST_BLOCKS = 16, 8
+
 
 def lstm(
     x: Any,
@@ -289,6 +293,116 @@ def _cross_entropy_backward(
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def cross_entropy_of_some(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    is_wanted: Any,
+) -> Any:
+    """As `reference.cross_entropy_of_some`, in blocks of a fixed size.
+
+    Tokens that are wanted move to the front; there are as many blocks as it
+    takes to reach the last of them.
+    """
+    num_tokens = targets.size
+    order = jnp.argsort(~is_wanted.reshape(-1))
+    # Filled up to whole blocks, with the last token of the order.
+    size = max(_LEAST_BLOCK, -(-num_tokens // _MOST_BLOCKS))
+    filled = jnp.pad(order, (0, -num_tokens % size), mode="edge")
+    nll = _cross_entropy_of_first(
+        features.reshape(num_tokens, -1)[filled],
+        down,
+        kernel,
+        jnp.where(is_wanted, targets, 0).reshape(-1)[filled],
+        is_wanted.sum(),
+        size,
+    )
+    all_nll = jnp.zeros(num_tokens, _float32).at[order].set(nll[:num_tokens])
+    return all_nll.reshape(targets.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cross_entropy_of_first(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    count: Any,
+    size: int,
+) -> Any:
+    """Of the first `count` tokens, in blocks of `size`; 0 of the others."""
+
+    def add(k: Any, nll: Any) -> Any:
+        part, is_first = _block(k, size, count, features, targets)
+        new = jnp.where(
+            is_first, _cross_entropy_of_block(down, kernel, *part), 0
+        )
+        return lax.dynamic_update_slice_in_dim(nll, new, k * size, 0)
+
+    nll = jnp.zeros(len(targets), _float32)
+    return lax.fori_loop(0, -(-count // size), add, nll)
+
+
+def _cross_entropy_of_first_forward(*arguments: Any) -> tuple[Any, Any]:
+    return _cross_entropy_of_first(*arguments), arguments[:5]
+
+
+def _cross_entropy_of_first_backward(
+    size: int, residuals: Any, upstream: Any
+) -> tuple[Any, ...]:
+    features, down, kernel, targets, count = residuals
+
+    def add(k: Any, gradients: Any) -> Any:
+        d_down, d_kernel, d_features = gradients
+        (*part, upstream_part), is_first = _block(
+            k, size, count, features, targets, upstream
+        )
+        _, pull = jax.vjp(
+            lambda down, kernel, features: _cross_entropy_of_block(
+                down, kernel, features, part[1]
+            ),
+            down,
+            kernel,
+            part[0],
+        )
+        down_part, kernel_part, features_part = pull(
+            jnp.where(is_first, upstream_part, 0)
+        )
+        d_features = lax.dynamic_update_slice_in_dim(
+            d_features, features_part, k * size, 0
+        )
+        return d_down + down_part, d_kernel + kernel_part, d_features
+
+    zeros = tuple(map(jnp.zeros_like, (down, kernel, features)))
+    d_down, d_kernel, d_features = lax.fori_loop(
+        0, -(-count // size), add, zeros
+    )
+    return d_features, d_down, d_kernel, None, None
+
+
+_cross_entropy_of_first.defvjp(
+    _cross_entropy_of_first_forward, _cross_entropy_of_first_backward
+)
+
+
+def _block(
+    k: Any, size: int, count: Any, *arrays: Any
+) -> tuple[list[Any], Any]:
+    """Block `k` of arrays, and which of its rows are of the first `count`."""
+    rows = [
+        lax.dynamic_slice_in_dim(array, k * size, size, 0) for array in arrays
+    ]
+    return rows, k * size + jnp.arange(size) < count
+
+
+def _cross_entropy_of_block(
+    down: Any, kernel: Any, features: Any, targets: Any
+) -> Any:
+    bias = jnp.zeros(kernel.shape[1], kernel.dtype)
+    return linear_cross_entropy(features @ down, kernel, bias, targets)
 
 
 def _for_chunks(add: Any, carry: Any, vocabulary_size: int, size: int) -> Any:

@@ -125,8 +125,12 @@ def run_masked(
     return y, y[:, -1], c
 
 
-def has_xla() -> bool:
-    """Whether XLA can compile a step that has this backend's `lstm` in it."""
+def has_xla(*, for_some: bool = False) -> bool:
+    """Whether XLA can compile a step that has this backend's `lstm` in it.
+
+    Args:
+        for_some: Also with `cross_entropy_of_some` in it.
+    """
     return True
 
 
@@ -215,6 +219,38 @@ def linear_cross_entropy(
     chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)
     nll = ops.logsumexp(logits, axis=-1) - chosen[..., 0]
     return nll if weights is None else nll * ops.cast(weights, "float32")
+
+
+def cross_entropy_of_some(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    is_wanted: Any,
+) -> Any:
+    """The cross-entropy of a softmax for those tokens that need it.
+
+    An implementation computes nothing for the other tokens, but for a part of
+    a block of them where it has blocks. The reference computes all.
+
+    Args:
+        features: Tensor of shape `(..., features)`.
+        down: Shape `(features, fewer)`: comes first, to make features fewer.
+        kernel: Shape `(fewer, words)`.
+        targets: int32 tensor of shape `(...)`; any number where not wanted.
+        is_wanted: Bool tensor of shape `(...)`.
+
+    Returns:
+        `-log softmax(features @ down @ kernel)` at the targets in nats,
+        float32 of shape `(...)`; 0 where not wanted.
+    """
+    nll = linear_cross_entropy(
+        ops.matmul(features, down),
+        kernel,
+        ops.zeros(kernel.shape[1:], kernel.dtype),
+        ops.where(is_wanted, targets, 0),
+    )
+    return ops.where(is_wanted, nll, 0.0)
 
 
 def chunk_size(

@@ -55,9 +55,12 @@ def lstm_stack(
     return reference.stack(lstm, x, states, weights)
 
 
-def has_xla() -> bool:
-    """As `reference.has_xla`: XLA cannot compile a step that calls cuDNN."""
-    return not _has_gpu()
+def has_xla(*, for_some: bool = False) -> bool:
+    """As `reference.has_xla`: neither calls of cuDNN nor sizes of the moment.
+
+    XLA cannot compile a tensor whose size depends on numbers.
+    """
+    return not (for_some or _has_gpu())
 
 
 def _has_gpu() -> bool:
@@ -247,6 +250,28 @@ def linear_cross_entropy(
     nll = _cross_entropy(features, kernel, bias, targets, size)
     if weights is not None:
         nll = nll * weights
+    return tf.reshape(nll, shape)
+
+
+def cross_entropy_of_some(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    is_wanted: Any,
+) -> Any:
+    """As `reference.cross_entropy_of_some`, of as many as there are."""
+    shape = tf.shape(targets)
+    places = tf.where(tf.reshape(is_wanted, (-1,)))[:, 0]
+    features = tf.reshape(features, (-1, features.shape[-1]))
+    nll = linear_cross_entropy(
+        tf.matmul(embedding_lookup(features, places), down),
+        kernel,
+        tf.zeros(kernel.shape[1:], kernel.dtype),
+        tf.gather(tf.reshape(targets, (-1,)), places),
+    )
+    num_tokens = tf.size(targets, places.dtype)
+    nll = tf.scatter_nd(places[:, None], nll, [num_tokens])
     return tf.reshape(nll, shape)
 
 

@@ -210,18 +210,38 @@ def linear_cross_entropy(
     if weights is not None:
         weights = weights.float().reshape(-1)
         targets = targets.masked_fill(weights == 0, 0)
-    features = features.reshape(targets.numel(), -1)
+    features = features.reshape(-1, kernel.shape[0])
     if max_logits_bytes is None:
         max_logits_bytes = reference.default_logits_bytes(
             _device_memory(features.device)
         )
     size = reference.chunk_size(
-        targets.numel(), kernel.shape[1], max_logits_bytes
+        max(targets.numel(), 1), kernel.shape[1], max_logits_bytes
     )
     nll = _CrossEntropy.apply(features, kernel, bias, targets, size)
     if weights is not None:
         nll = nll * weights
     return nll.reshape(shape)
+
+
+def cross_entropy_of_some(
+    features: Any,
+    down: Any,
+    kernel: Any,
+    targets: Any,
+    is_wanted: Any,
+) -> Any:
+    """As `reference.cross_entropy_of_some`, of as many as there are."""
+    (places,) = is_wanted.reshape(-1).nonzero(as_tuple=True)
+    features = features.reshape(-1, down.shape[0]).index_select(0, places)
+    nll = linear_cross_entropy(
+        features @ down,
+        kernel,
+        kernel.new_zeros(kernel.shape[1]),
+        targets.reshape(-1).index_select(0, places),
+    )
+    all_nll = nll.new_zeros(targets.numel())
+    return all_nll.index_copy(0, places, nll).reshape(targets.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -309,7 +329,8 @@ def _product(left: Any, right: Any) -> Any:
     On AMD's processors MKL, by which PyTorch multiplies, reaches half the
     speed of oneDNN, which is in PyTorch too; on Intel's they are equal.
     """
-    if left.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    is_cpu = left.device.type == "cpu"  # oneDNN sums over no empty side
+    if is_cpu and left.numel() and torch.backends.mkldnn.is_available():
         # Of a matrix with gaps between its rows oneDNN takes minutes.
         if not (right.is_contiguous() or right.T.is_contiguous()):
             right = right.contiguous()
