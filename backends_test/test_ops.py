@@ -516,6 +516,29 @@ def test_tensorflow_builds_a_step_with_cudnn_and_its_gradient(
     assert ops.last_kernel() == "tensorflow: cudnn"
 
 
+def test_cell_state_adds_up_in_bfloat16():
+    """Small steps to a sum of which bfloat16 would round them away."""
+    units, steps = 2, 400
+    gates = [-4.0, 12.0, 0.5, 0.0]  # of which bfloat16 has no rounding
+    arguments = [
+        np.zeros((1, steps, 1)),
+        *(np.zeros((1, units)) for _ in range(2)),
+        np.zeros((1, 4 * units)),
+        np.zeros((units, 4 * units)),
+        np.repeat(gates, units),
+    ]
+    _, _, expected = oracles.lstm(*arguments)
+    assert expected.min() > 2.5
+    arguments = [
+        keras.ops.cast(keras.ops.convert_to_tensor(a), "bfloat16")
+        for a in arguments
+    ]
+    _, _, c = ops.lstm(*arguments)
+    got = keras.ops.convert_to_numpy(keras.ops.cast(c, "float32"))
+    # The end alone is rounded, to 8 bits.
+    np.testing.assert_allclose(got, expected, rtol=2**-8)
+
+
 # Optimizers -------------------------------------------------------------------
 
 

@@ -172,7 +172,8 @@ def test_result_record_has_what_the_contract_names(train):
     assert result["compile_time_seconds"] >= 0
     assert result["peak_memory_mb"] > 0
     assert result["device"].strip()
-    assert "state carried" in result["protocol"]
+    assert result["protocol"]["state"].endswith("carried to the last")
+    assert result["protocol"]["tuned"]["text"] == "valid"
 
 
 def test_figures_are_those_of_the_best_weights(train, tmp_path):

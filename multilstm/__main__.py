@@ -324,7 +324,7 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
 def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
     if options.adapt:
         return run_adapt(options, console)
-    from multilstm.evaluation import PROTOCOL, evaluate
+    from multilstm.evaluation import STATE, TOKENS, evaluate
     from multilstm.run_folder import RESULT_SCHEMA
     from multilstm.training import (
         describe_environment,
@@ -356,7 +356,12 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         f"{options.split}_perplexity": measured.perplexity,
         "cross_entropy": measured.cross_entropy,
         "num_tokens": measured.num_tokens,
-        "protocol": PROTOCOL,
+        "protocol": {
+            "tokens": TOKENS,
+            "state": STATE,
+            "weights": "those of the best epoch",
+            "tuned": {"text": "valid", "what": ["the best epoch"]},
+        },
     }
 
 

@@ -30,7 +30,13 @@ from multilstm.dynamic_evaluation import (
     Weights,
 )
 from multilstm.errors import UserError
-from multilstm.evaluation import PROTOCOL, Evaluation, Evaluator, Reading
+from multilstm.evaluation import (
+    STATE,
+    TOKENS,
+    Evaluation,
+    Evaluator,
+    Reading,
+)
 from multilstm.model import LanguageModel
 from multilstm.neural_cache import cache_probabilities, mix
 from multilstm.tuning import Search, Settings
@@ -53,7 +59,6 @@ RMS: dict[str, Sequence[float]] = {
     "epsilon": (0.001,),
 }
 
-_TOKENS = "every word of the text but the first, once, in order"
 _WORDS_AT_ONCE = 1024
 
 
@@ -112,7 +117,7 @@ def adapt(
     tell(f"as it is: valid {plain['valid_perplexity']:.2f}")
     plain |= {
         "seconds": time.perf_counter() - start,
-        "protocol": {"tokens": _TOKENS, "state": PROTOCOL, "tuned": None},
+        "protocol": {"tokens": TOKENS, "state": STATE, "tuned": None},
     }
     record: dict[str, Any] = {"schema": SCHEMA, "plain": plain, "methods": {}}
     temperature = Temperature(model)
@@ -158,7 +163,7 @@ def _adapt_by(
         **figures,
         "seconds": time.perf_counter() - start,
         "protocol": {
-            "tokens": _TOKENS,
+            "tokens": TOKENS,
             "state": method.state,
             **getattr(method, "details", {}),
             "tuned": tuned,
@@ -215,7 +220,7 @@ class Temperature:
         neural networks", arXiv:1706.04599, section 4.2.
     """
 
-    state = PROTOCOL
+    state = STATE
 
     def __init__(self, model: Any) -> None:
         self._chunk = _AtTemperature(model.projection)
@@ -258,7 +263,7 @@ class Cache:
         at: The temperature for that.
     """
 
-    state = PROTOCOL + "; the cache has the last words of the same text"
+    state = STATE + "; the cache has the last words of the same text"
 
     def __init__(
         self, temperature: Temperature | None = None, at: float = 1.0

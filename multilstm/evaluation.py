@@ -30,10 +30,9 @@ from multilstm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = (
-    "state carried from the first word to the last; every word but the "
-    "first predicted once"
-)
+# What a figure is of, so that like is compared with like.
+TOKENS = "every word of the text but the first, once, in order"
+STATE = "zeros at the first word, carried to the last"
 
 # States that differ by less than this at a row's start give cross-entropies
 # that agree to 7 digits: the difference fades within the row's first words.

@@ -32,7 +32,7 @@ from multilstm.dataset import (
     VariableStreams,
 )
 from multilstm.errors import UserError
-from multilstm.evaluation import PROTOCOL, Evaluator
+from multilstm.evaluation import STATE, TOKENS, Evaluator
 from multilstm.files import finite_or_none, read_json, replacing, write_json
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import device_name, last_kernel, sync_variables
@@ -777,6 +777,24 @@ def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
 # After training ------------------------------------------------------------
 
 
+def _protocol(plan: Preset, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the figures of a run are of, and what was chosen on what."""
+    chosen = ["the epoch whose weights are kept"]
+    if plan.plateau_factor is not None:
+        chosen.append("when the learning rate falls")
+    if plan.averaging == "triggered":
+        chosen.append("when averaging begins")
+    if plan.stops_non_monotone or settings["patience"] is not None:
+        chosen.append("when training ends")
+    average = ", averages once they begin" if plan.averaging != "never" else ""
+    return {
+        "tokens": TOKENS,
+        "state": STATE,
+        "weights": f"those of the best epoch{average}",
+        "tuned": {"text": "valid", "what": chosen},
+    }
+
+
 def _finish(
     model: LanguageModel,
     settings: dict[str, Any],
@@ -807,7 +825,7 @@ def _finish(
         ),
         "test_perplexity": None,
         "test_unigram_perplexity": data.unigram_perplexity("test"),
-        "protocol": PROTOCOL,
+        "protocol": _protocol(keeper.plan, settings),
         **speed,
         "peak_memory_mb": peak_memory_mb(),
         "history": history,

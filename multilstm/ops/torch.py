@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilstm.ops import reference
-from multilstm.ops.evidence import note_kernel
+from multilstm.ops.evidence import explain_once, note_kernel
 
 # What the dispatcher may call for `torch.lstm`; anything else is its loop.
 _FUSED = {
@@ -42,7 +42,24 @@ def lstm_stack(
     states: list[reference.State],
     weights: list[reference.Weights],
 ) -> tuple[Any, list[reference.State]]:
-    """As `reference.lstm_stack`: one call for layers of one size on a GPU."""
+    """As `reference.lstm_stack`: one call for layers of one size on a GPU.
+
+    What comes in bfloat16 is computed in float32: a cell state in bfloat16,
+    as PyTorch's kernels would keep it, stays where it is when less than a
+    256th of it is added.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        explain_once(
+            f"torch: of this model in {str(x.dtype).removeprefix('torch.')} "
+            "the LSTMs run in float32, so that their cell states add up."
+        )
+        y, ends = lstm_stack(
+            x.float(),
+            [tuple(s.float() for s in state) for state in states],
+            [tuple(w.float() for w in layer) for layer in weights],
+        )
+        narrow = [tuple(s.to(x.dtype) for s in state) for state in ends]
+        return y.to(x.dtype), narrow
     sizes = {recurrent.shape[0] for _, recurrent, _ in weights}
     if len(weights) > 1 and (not x.is_cuda or len(sizes) > 1):
         return reference.stack(lstm, x, states, weights)
