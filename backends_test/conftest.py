@@ -21,7 +21,7 @@ import numpy as np
 def fresh_keras() -> Iterator[None]:
     """Keras without what earlier tests left."""
     yield
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # which takes long
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ def test_log_probabilities_are_numpys_and_sum_to_1(rng):
     model = small_model("adaptive")
     ids = draw_ids(rng)
     got = numpy(model(ids)).reshape(-1, V)
-    features, _ = model._read(ids, None, False)
+    features, _ = model.read(ids)
     features = numpy(features).reshape(-1, 16).astype(float)
     head_kernel, head_bias, *tails = map(float64, model.get_weights()[7:])
     truth = oracles.adaptive_log_softmax(
@@ -114,8 +114,8 @@ def test_tails_are_exact_whichever_targets_a_batch_has(low, high, rng):
     inputs, targets = draw_ids(rng), draw_ids(rng, low, high)
     own, all_words = small_model("adaptive"), small_model("adaptive")
     log_p = numpy(own(inputs))
-    nll, _ = own.negative_log_likelihood(
-        inputs, keras.ops.convert_to_tensor(targets)
+    nll = own.projection.negative_log_likelihood(
+        own.read(inputs)[0], keras.ops.convert_to_tensor(targets)
     )
     truth = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(numpy(nll), truth, **CLOSE)
@@ -136,7 +136,7 @@ def test_padding_counts_nothing_whatever_its_target(kind, rng):
     for padding in (-100, 3):
         model = small_model(kind, num_layers=1)
         model.build(inputs.shape)
-        features, _ = model._read(inputs, None, False)
+        features, _ = model.read(inputs)
         padded = np.where(weights == 0, padding, targets).astype(np.int32)
         nll = model.projection.negative_log_likelihood(
             features,
