@@ -487,7 +487,7 @@ def _check(
     if "dropout" in methods and not any(
         value
         for name, value in model.settings.items()
-        if name.endswith("_dropout")
+        if name.endswith("_dropout") and name != "locked_dropout"
     ):
         raise UserError(
             "The method 'dropout' needs a model that was trained with "
