@@ -199,7 +199,7 @@ def test_best_weights_are_not_the_last_where_the_last_are_worse(
     """The rate of the third epoch ruins the model."""
     rates = {0: 0.01, 1: 0.01, 2: 10.0}
     monkeypatch.setattr(
-        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, _: rates[e]
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, *_: rates[e]
     )
     result = train()
     perplexities = [row["valid_perplexity"] for row in result["history"]]
@@ -269,7 +269,7 @@ def test_training_stops_where_a_perplexity_is_reached(train):
 def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
     monkeypatch.setattr(
-        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, _: rates[e]
+        type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, *_: rates[e]
     )
     result = train(epochs=9, patience=2)
     assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
