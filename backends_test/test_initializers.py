@@ -83,5 +83,11 @@ def test_draws_at_other_places_are_others():
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(UserError, match=r"glorot_uniform.*received 'normal'"):
-        NumPyInitializer("normal")
+    with pytest.raises(UserError, match=r"glorot_uniform.*received 'he'"):
+        NumPyInitializer("he")
+
+
+def test_normal_draws_are_numpys():
+    got = draw((3, 4), "normal", scale=0.5, seed=[5, 1])
+    truth = np.random.default_rng([5, 1]).normal(0, 0.5, (3, 4))
+    np.testing.assert_allclose(got, truth, rtol=1e-6)  # float32

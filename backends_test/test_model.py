@@ -851,6 +851,31 @@ def test_optimizer_that_cannot_follow_the_lengths_is_refused(rng):
     model.compile(keras.optimizers.SGD(0.5))
     with pytest.raises(UserError, match=r"multilstm\.optimizers"):
         model.fit(VariableStreams(np.arange(11) % V, 5, 1), verbose=0)
+    assert model._usual_length is None
+
+
+def test_dropouts_draw_from_seeds_far_from_each_other():
+    """Draws of a step have seed and step, or their sum, for a seed."""
+    model = small_model(num_layers=3, seed=4, **REGULARIZERS)
+    other = small_model(num_layers=3, seed=5, **REGULARIZERS)
+    seeds = [
+        layer.seed_generator._initial_seed
+        for one in (model, other)
+        for layer in (
+            one.embedding.word_dropout,
+            *one.dropouts,
+            *(lstm.weight_drop for lstm in one.lstms),
+        )
+    ]
+    assert len(seeds) == 16
+    assert np.diff(sorted(seeds)).min() > 100_000  # steps
+
+
+def test_one_step_has_no_difference_to_regularize(rng):
+    model = small_model(temporal_activation_regularization=1.0)
+    model.compile()
+    ids = rng.integers(V, size=(2, 1)).astype(np.int32)
+    assert np.isfinite(model.train_on_batch(ids, ids)).all()
 
 
 def test_mixed_bfloat16_trains_as_float32_does(rng):

@@ -159,6 +159,22 @@ def test_accumulated_gradients_make_one_clipped_step(start, gradients):
     np.testing.assert_allclose(reached[1], expected, **CLOSE)
 
 
+def test_steps_that_only_accumulate_are_not_averaged(start, gradients):
+    optimizer = SGD(0.5, averages=True, gradient_accumulation_steps=2)
+    variable = keras.Variable(start)
+    optimizer.build([variable])
+    optimizer.start_averaging()
+    reached = []
+    for gradient in gradients:
+        gradient = keras.ops.convert_to_tensor(gradient, "float32")
+        optimizer.apply([gradient], [variable])
+        reached.append(numpy(variable))
+    assert float(optimizer.num_averaged) == 2
+    expected = np.mean([reached[1], reached[3]], axis=0)
+    [average] = optimizer.averages_of
+    np.testing.assert_allclose(numpy(average), expected, **CLOSE)
+
+
 def test_settings_survive_the_configuration():
     settings = {"l2": 0.1, "averages": True, "global_clipnorm": 0.5}
     optimizer = keras.saving.deserialize_keras_object(

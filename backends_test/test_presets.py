@@ -149,6 +149,13 @@ def test_each_preset_goes_by_its_name_and_has_a_source(name):
     assert find_preset(name).source
 
 
+def test_accumulated_batches_are_one_sum():
+    whole = PRESETS["adam_512"]
+    parts = replace(whole, batch_size=32, gradient_accumulation_steps=4)
+    assert parts.clip_norm_of_mean() == whole.clip_norm_of_mean()
+    assert parts.l2_of_mean() == whole.l2_of_mean()
+
+
 def plateaus(preset, cross_entropies):
     return [
         preset.learning_rate_of(len(before), np.exp(before))

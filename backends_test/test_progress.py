@@ -40,7 +40,7 @@ def pass_steps(callback, clock, seconds):
 
 def test_summary_is_that_worked_by_hand():
     times = StepTimes()
-    times.first_seconds = 2.5
+    times.first_seconds, times.first_steps = [2.5], 1
     times.seconds = [0.05, 0.01, 0.02, 0.08, 0.03, 0.04]
     assert times.summary(tokens_per_step=460) == {
         # 6 * 460 tokens in 0.23 s.
@@ -53,7 +53,7 @@ def test_summary_is_that_worked_by_hand():
 
 def test_compilation_took_no_less_than_no_time():
     times = StepTimes()
-    times.first_seconds = 0.01
+    times.first_seconds, times.first_steps = [0.01], 1
     times.seconds = [0.02]
     assert times.summary(1)["compile_time_seconds"] == 0.0
 
@@ -78,8 +78,23 @@ def test_first_step_and_what_lies_between_epochs_are_kept_apart(clock):
     clock.now += 60  # the validation
     times.on_epoch_begin(1)
     pass_steps(times, clock, [0.125, 1.0])
-    assert times.first_seconds == 0.0
+    assert times.first_seconds == [0.0]
     assert times.seconds == [0.25, 0.5, 0.125, 1.0]
+
+
+def test_first_step_of_each_length_may_be_compiled(clock):
+    times = StepTimes()
+    for lengths, seconds in (
+        ([70, 70, 35, 70], [3.0, 0.25, 4.0, 0.5]),
+        ([35, 70], [0.125, 1.0]),
+    ):
+        times.begin_epoch(lengths)
+        times.on_epoch_begin(0)
+        pass_steps(times, clock, seconds)
+    assert times.first_seconds == [3.0, 4.0]
+    assert times.seconds == [0.25, 0.5, 0.125, 1.0]
+    # The median of a step is 0.375 s.
+    assert times.summary(1)["compile_time_seconds"] == 6.25
 
 
 # Both, as Keras calls them

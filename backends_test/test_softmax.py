@@ -421,3 +421,9 @@ def test_settings_that_do_not_go_together_are_told(arguments, message):
 def test_two_words_have_no_adaptive_softmax():
     with pytest.raises(UserError, match=r"three words or more.*received 2"):
         LanguageModel(2, units=4, softmax="adaptive")
+
+
+@new_softmax
+def test_metrics_that_need_all_words_are_refused(kind):
+    with pytest.raises(UserError, match="logits of all words"):
+        small_model(kind).compile(metrics=["accuracy"])

@@ -9,7 +9,14 @@ import keras
 import numpy as np
 import pytest
 
-from multilstm import PRESETS, Vocabulary, evaluate, load_corpus, load_run
+from multilstm import (
+    PRESETS,
+    LanguageModel,
+    Vocabulary,
+    evaluate,
+    load_corpus,
+    load_run,
+)
 from multilstm import model as model_module
 from multilstm import train as train_run
 from multilstm import training as training_module
@@ -22,6 +29,9 @@ from multilstm.training import (
     weights_sha256,
 )
 
+NO_DROPOUT = dict.fromkeys(
+    ("input_dropout", "hidden_dropout", "output_dropout"), 0.0
+)
 # The same run on the same machine; threads may sum in another order.
 SAME = {"rtol": 1e-5, "atol": 1e-6}
 WHOLE = {}
@@ -505,6 +515,38 @@ def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
         load_run_corpus(config)
 
 
+def test_rate_that_is_lowered_holds_within_an_epoch_too(train, stop_after):
+    stop_after(2)
+    with pytest.raises(MemoryError):
+        train(epochs=2)
+    rates = []
+    begin = training_module.StepTimes.on_train_batch_end
+
+    def note(self, batch, logs=None):
+        rates.append(float(self.model.optimizer.learning_rate))
+        begin(self, batch, logs)
+
+    training_module.StepTimes.on_train_batch_end = note
+    try:
+        train(epochs=2, resume=True, learning_rate=1e-4)
+    finally:
+        training_module.StepTimes.on_train_batch_end = begin
+    # float32.
+    np.testing.assert_allclose(rates, 1e-4, rtol=1e-6)
+
+
+def test_run_of_an_older_version_goes_on(train, tmp_path):
+    train(epochs=1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["preset_settings"]["loss"]
+    config["preset_settings"]["loss_sum_over_time"] = False
+    path.write_text(json.dumps(config))
+    assert train(epochs=2, resume=True)["epochs"] == 2
+    config["preset_settings"]["loss_sum_over_time"] = True
+    assert training_module.preset_of(config).loss == "sum_over_time"
+
+
 @pytest.mark.skipif(
     keras.config.backend() == "torch", reason="PyTorch compiles no steps"
 )
@@ -593,17 +635,33 @@ def test_training_may_end_where_the_validation_is_not_monotone(
     assert not preset.is_non_monotone(valid[:-1])
 
 
-def test_run_begins_with_the_best_weights_of_another(train, monkeypatch):
+def test_run_begins_with_the_best_weights_of_another(
+    train, tmp_path, monkeypatch
+):
     before = train("before", epochs=1)
     model, *_ = load_run(before["run"])
     preset = replace(PRESETS["tiny"], starts_from="tiny")
     monkeypatch.setitem(PRESETS, "tiny", preset)
     result = train("after", epochs=1, starts_from=before["run"])
     assert result["initial_weights_sha256"] == weights_sha256(model)
+    # That run is not needed any more, and is the best that there is so far.
+    (tmp_path / "before").rename(tmp_path / "moved")
+    worse = train("after", epochs=2, resume=True, learning_rate=3.0)
+    assert worse["epochs"] == 2
+    wild = train(
+        "wild", epochs=1, starts_from=tmp_path / "moved", learning_rate=3.0
+    )
+    assert wild["best_epoch"] == 0
+    assert wild["valid_perplexity"] == pytest.approx(
+        before["valid_perplexity"], rel=1e-6
+    )
+    assert wild["test_perplexity"] == pytest.approx(
+        before["test_perplexity"], rel=1e-6
+    )
     with pytest.raises(UserError, match=r"--starts-from"):
         train("alone", epochs=1)
     with pytest.raises(UserError, match="others"):
-        train("other", preset="tiny_awd", starts_from=before["run"])
+        train("other", preset="tiny_awd", starts_from=tmp_path / "moved")
 
 
 def test_only_the_first_words_are_trained_on(train):
@@ -622,22 +680,47 @@ def test_precision_is_noted_and_kept(train):
     full = train("full", epochs=1)
     assert full["precision"] == "float32"
     assert result["valid_perplexity"] != full["valid_perplexity"]
+    model, _, config = load_run(result["run"])
+    measured = evaluate(model, load_run_corpus(config).valid).perplexity
+    assert result["valid_perplexity"] == pytest.approx(measured, rel=1e-6)
     assert result["valid_perplexity"] == pytest.approx(
         full["valid_perplexity"], rel=0.05
     )
 
 
 def test_accumulated_steps_are_fewer(train, monkeypatch):
-    counts = []
-    finish = training_module._finish
+    """Two batches each half as large make the step of a whole one."""
+    preset = replace(PRESETS["tiny"], **NO_DROPOUT, clip_norm=None)
+    monkeypatch.setitem(PRESETS, "tiny", preset)
+    one, two = (
+        train(out, epochs=1, **arguments)
+        for out, arguments in (
+            ("one", {"train_tokens": 31, "batch_size": 2}),
+            (
+                "two",
+                {"train_tokens": 31, "batch_size": 2}
+                | {"gradient_accumulation_steps": 2},
+            ),
+        )
+    )
+    # Three batches: three steps, or one of two and no other.
+    assert two["gradient_accumulation_steps"] == 2
+    before, *_ = load_run(two["run"])
+    fresh = LanguageModel(**before.settings)
+    fresh.build((None, None))
+    moved = []
+    for result in (one, two):
+        model, *_ = load_run(result["run"])
+        pairs = zip(model.get_weights(), fresh.get_weights(), strict=True)
+        moved.append(max(np.abs(new - old).max() for new, old in pairs))
+    # Adam's first steps are as long as the rate, each.
+    assert moved[0] == pytest.approx(0.09, rel=0.2)
+    assert moved[1] == pytest.approx(0.03, rel=0.01)
 
-    def count(model, *arguments):
-        counts.append(model.optimizer.gradient_accumulation_steps)
-        return finish(model, *arguments)
 
-    monkeypatch.setattr(training_module, "_finish", count)
-    train(epochs=1, gradient_accumulation_steps=2)
-    assert counts == [2]
+def test_lengths_and_accumulation_do_not_go_together(train):
+    with pytest.raises(UserError, match="batches of one length"):
+        train(preset="tiny_awd", gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

@@ -29,6 +29,8 @@ BASE = replace(
     embedding_dropout=0.05,
     weight_dropout=0.3,
     non_monotone=2,
+    published_valid=None,
+    published_test=None,
 )
 CHANGES = {
     "base": {},
@@ -71,14 +73,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train-tokens", type=int, default=100_000)
     parser.add_argument("--corpus", default="ptb")
-    parser.add_argument("--only", nargs="*", default=list(CHANGES))
+    parser.add_argument(
+        "--only", nargs="*", default=list(CHANGES), choices=list(CHANGES)
+    )
     options = parser.parse_args()
     rows = []
-    for number, (name, changes) in enumerate(CHANGES.items()):
-        if name not in options.only:
-            continue
-        preset = f"ablation_{number}"
-        PRESETS[preset] = replace(BASE, **changes, name=preset)
+    for name in options.only:
+        preset = name.replace(",", "").replace(" ", "-")
+        PRESETS[preset] = replace(BASE, **CHANGES[name], name=preset)
         result = train(
             preset,
             corpus=options.corpus,
@@ -88,6 +90,8 @@ def main() -> None:
             resume=True,
             progress=False,
         )
+        if result["status"] != "finished":
+            return
         seconds = sum(row["seconds"] for row in result["history"])
         rows.append(
             {

@@ -38,6 +38,8 @@ def main() -> None:
             resume=True,
             progress=False,
         )
+        if result["status"] != "finished":
+            return
         [epoch] = result["history"]
         rows.append(
             {

@@ -324,12 +324,14 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
 def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
     if options.adapt:
         return run_adapt(options, console)
-    from multilstm.evaluation import STATE, TOKENS, evaluate
+    from multilstm.evaluation import evaluate
     from multilstm.run_folder import RESULT_SCHEMA
     from multilstm.training import (
         describe_environment,
+        describe_protocol,
         load_run,
         load_run_corpus,
+        preset_of,
     )
 
     model, _, config = load_run(options.run)
@@ -356,12 +358,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         f"{options.split}_perplexity": measured.perplexity,
         "cross_entropy": measured.cross_entropy,
         "num_tokens": measured.num_tokens,
-        "protocol": {
-            "tokens": TOKENS,
-            "state": STATE,
-            "weights": "those of the best epoch",
-            "tuned": {"text": "valid", "what": ["the best epoch"]},
-        },
+        "protocol": describe_protocol(preset_of(config), config),
     }
 
 
@@ -375,8 +372,10 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     from multilstm.run_folder import RunFolder
     from multilstm.training import (
         describe_environment,
+        describe_protocol,
         load_run,
         load_run_corpus,
+        preset_of,
         weights_sha256,
     )
     from multilstm.tuning import show_settings
@@ -403,6 +402,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         "weights_sha256": weights_sha256(model),
         **result,
     }
+    record["plain"]["protocol"] = describe_protocol(preset_of(config), config)
     console.print(adaptation_table(result))
     for name, figures in result["methods"].items():
         console.print(f"{name}: {show_settings(figures['settings'])}")

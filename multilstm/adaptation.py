@@ -102,9 +102,14 @@ def adapt(
         UserError: If a method is unknown or does not apply to this model, or
             a number is out of its range.
     """
+    if isinstance(methods, str):
+        methods = [methods]
     _check(model, methods, tune_tokens, num_samples)
     evaluator = Evaluator(
-        model, batch_size, sequence_length, with_features=True
+        model,
+        batch_size,
+        sequence_length,
+        with_features=not {"temperature", "cache"}.isdisjoint(methods),
     )
     texts = {
         split: _Text(corpus.split(split), evaluator)
@@ -117,7 +122,7 @@ def adapt(
     tell(f"as it is: valid {plain['valid_perplexity']:.2f}")
     plain |= {
         "seconds": time.perf_counter() - start,
-        "protocol": {"tokens": TOKENS, "state": STATE, "tuned": None},
+        "protocol": {"tokens": TOKENS, "state": STATE},
     }
     record: dict[str, Any] = {"schema": SCHEMA, "plain": plain, "methods": {}}
     temperature = Temperature(model)
@@ -345,6 +350,7 @@ class DropoutAverage:
             "num_samples": num_samples,
             "seed": seed,
             "rows": like.batch_size,
+            "sequence_length": like.sequence_length,  # one mask for so many
         }
 
     def tune(
@@ -355,7 +361,10 @@ class DropoutAverage:
 
     def measure(self, text: _Text, num_samples: float) -> Evaluation:
         # A copy, so that the masks are those of the seed for every text.
-        settings = self._model.settings | {"seed": self._seed}
+        settings = self._model.settings | {
+            "seed": self._seed,
+            "carry_state": False,
+        }
         model = LanguageModel(**settings, dtype=self._model.dtype_policy)
         model.build((None, None))
         model.set_weights(self._model.get_weights())
@@ -434,7 +443,7 @@ class _AtTemperature(keras.Model):
     """The nats of some words, compiled by Keras, their temperature an input."""
 
     def __init__(self, projection: Any) -> None:
-        super().__init__(name="at_temperature")
+        super().__init__(name="at_temperature", dtype="float32")
         self.projection = projection
 
     def call(self, words: tuple[Any, Any, Any]) -> Any:

@@ -95,7 +95,7 @@ class DynamicEvaluator:
         )
         learner = _Learner.of(self._source, rows, len(streams))
         optimizer = _SumOfSquares()
-        learner.compile(optimizer)
+        learner.compile(optimizer, auto_scale_loss=False)
         learner.fit(streams, verbose=0)
         return [
             keras.ops.convert_to_numpy(total) / len(streams)
@@ -156,7 +156,7 @@ class DynamicEvaluator:
             or learner.losses_of_segments.size < num_segments
         ):
             learner = _Learner.of(self._source, 1, max(1, num_segments))
-            learner.compile(_PulledBack(each_weight))
+            learner.compile(_PulledBack(each_weight), auto_scale_loss=False)
             learner.optimizer.build(learner.trainable_variables)
             self._learner = learner
         return learner

@@ -9,6 +9,7 @@ of Merity et al. come with them: of whole words and of recurrent weights. None
 changes which LSTM kernel runs.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -221,7 +222,7 @@ class LanguageModel(keras.Model):
             embedding_dim,
             embeddings_initializer=draw.embeddings(),
             dropout=embedding_dropout,
-            seed=seed,
+            seed=draw.seed_of("words"),
             dtype=self.dtype_policy,
             name="embedding",
         )
@@ -231,7 +232,11 @@ class LanguageModel(keras.Model):
             else keras.layers.Dropout
         )
         self.dropouts = [
-            dropout(rate, seed=seed + place, dtype=self.dtype_policy)
+            dropout(
+                rate,
+                seed=draw.seed_of("outputs", place),
+                dtype=self.dtype_policy,
+            )
             for place, rate in enumerate(
                 [input_dropout]
                 + [hidden_dropout] * (len(units_of) - 1)
@@ -249,7 +254,7 @@ class LanguageModel(keras.Model):
                 return_sequences=True,
                 return_state=True,
                 carry_state=carry_state,
-                seed=seed + i,
+                seed=draw.seed_of("weights", i),
                 dtype=self.dtype_policy,
                 name=f"lstm_{i + 1}",
             )
@@ -261,7 +266,7 @@ class LanguageModel(keras.Model):
             kernel_initializer=draw.of_projection("glorot_uniform", 0),
             bias_initializer=draw.of_projection("zeros", 1),
             tied_to=self.embedding if tied_embeddings else None,
-            seed=seed + len(self.dropouts),
+            seed=draw.seed_of("sample"),
             dtype=self.dtype_policy,
             name="projection",
         )
@@ -372,7 +377,7 @@ class LanguageModel(keras.Model):
                 outputs[:, 1:] - outputs[:, :-1],
             ),
         ):
-            if factor:
+            if factor and values.shape[1] != 0:  # of one step
                 squares = ops.square(ops.cast(values, "float32"))
                 self.add_loss(factor * ops.mean(squares))
 
@@ -399,6 +404,16 @@ class LanguageModel(keras.Model):
         self.needs_logits = bool(
             kwargs.get("metrics") or kwargs.get("weighted_metrics")
         )
+        if (
+            self.needs_logits
+            and self.uses_own_loss
+            and self.settings["softmax"] != "exact"
+        ):
+            raise UserError(
+                "Metrics need the logits of all words, which "
+                f"softmax={self.settings['softmax']!r} is there to avoid. "
+                "Leave them out: the perplexity is reported without."
+            )
         if optimizer is None and self.preset is not None:
             optimizer = make_optimizer(find_preset(self.preset))
         optimizer = optimizer or keras.optimizers.Adam()
@@ -567,6 +582,9 @@ class LanguageModel(keras.Model):
         """Sets up what `fit` says of datasets and of several steps at once."""
         steps = self._asked_steps or 1
         is_sliced = getattr(data, "is_sliced", False)
+        varies = getattr(data, "varies", False)
+        if varies:
+            _check_scales_rate(self.optimizer)
         chooses = is_sliced and self._asked_steps is None
         if chooses and not _needs_every_batch(callbacks):
             steps = steps_per_dispatch(self._flops(data))
@@ -579,9 +597,8 @@ class LanguageModel(keras.Model):
                 self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
             data = feed(RowStarts(data), shuffle=shuffle)
-        elif getattr(data, "varies", False):
+        elif varies:
             self._usual_length = data.sequence_length
-            _check_scales_rate(self.optimizer)
             data = feed(data, shuffle=False)
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:
@@ -634,6 +651,14 @@ class _Draws:
         if scale is None:
             return NumPyInitializer(kind, seed=seed)
         return NumPyInitializer(kind, scale=scale, seed=seed)
+
+    def seed_of(self, *place: int | str) -> int:
+        """For dropout, far from every other.
+
+        PyTorch's draws of a step have the sum of seed and step for a seed.
+        """
+        text = repr((self.seed, *place)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 2
 
     def embeddings(self) -> NumPyInitializer:
         kind = "normal" if self.way == "torch_normal" else "uniform"

@@ -102,6 +102,11 @@ class _Extras(keras.optimizers.Optimizer):
         if not self.averages:
             return
         is_averaging = ops.convert_to_tensor(self.is_averaging)
+        if self.gradient_accumulation_steps:
+            steps = self.gradient_accumulation_steps
+            # `iterations` counts the groups.
+            has_moved = ops.equal(self._iterations % steps, 0)
+            is_averaging = is_averaging * ops.cast(has_moved, "float32")
         self.num_averaged.assign(self.num_averaged + is_averaging)
         share = is_averaging / ops.maximum(self.num_averaged, 1.0)
         pairs = zip(self._trainable_variables, self.averages_of, strict=True)

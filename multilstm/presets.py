@@ -122,7 +122,9 @@ class Preset:
         """How many times larger the source's loss is than the mean."""
         if self.loss == "sum_over_time":
             return self.sequence_length
-        return self.tokens_per_step if self.loss == "sum" else 1
+        if self.loss == "sum":
+            return self.tokens_per_step * self.gradient_accumulation_steps
+        return 1
 
     def learning_rate_of(
         self, epoch: int, valid_perplexities: Sequence[float] = ()

@@ -36,8 +36,17 @@ class StepTimes(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []  # of each step, a group's mean
-        self.first_seconds: float | None = None  # of those that compile
-        self.first_steps = 1
+        self.first_seconds: list[float] = []  # of those that compile
+        self.first_steps = 0
+        self._lengths: Any = None
+        self._seen: set[int] = set()
+
+    def begin_epoch(self, lengths: Any) -> None:
+        """Takes the length of each batch to come; None for one length.
+
+        The first step of each length may be compiled first.
+        """
+        self._lengths = lengths
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._last = time.perf_counter()
@@ -47,9 +56,11 @@ class StepTimes(keras.callbacks.Callback):
         now = time.perf_counter()
         done = _batches_done(self, batch)
         num_steps = done - self._done
-        if self.first_seconds is None:
-            self.first_seconds = now - self._last
-            self.first_steps = num_steps
+        length = 0 if self._lengths is None else int(self._lengths[done - 1])
+        if length not in self._seen:
+            self._seen.add(length)
+            self.first_seconds.append(now - self._last)
+            self.first_steps += num_steps
         else:
             self.seconds += [(now - self._last) / num_steps] * num_steps
         self._last, self._done = now, done
@@ -59,7 +70,7 @@ class StepTimes(keras.callbacks.Callback):
 
         Each is None where too few steps were made to tell it.
         """
-        if self.first_seconds is None or not self.seconds:
+        if not self.seconds:
             names = ("tokens_per_second", "step_time_ms")
             return dict.fromkeys((*names, "compile_time_seconds"))
         seconds = np.array(self.seconds)
@@ -73,7 +84,7 @@ class StepTimes(keras.callbacks.Callback):
                 "min": _ms(seconds.min()),
             },
             "compile_time_seconds": round(
-                max(0.0, self.first_seconds - self.first_steps * median), 3
+                max(0.0, sum(self.first_seconds) - self.first_steps * median), 3
             ),
         }
 

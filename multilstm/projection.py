@@ -99,11 +99,13 @@ class Projection(keras.layers.Layer):
                 that broadcasts against the bias. Default: 1.
         """
         kernel, bias = self._read_weights()
+        features = self._narrow(features)
         if temperature is not None:
-            kernel, bias = kernel / temperature, bias / temperature
-        return linear_cross_entropy(
-            self._narrow(features), kernel, bias, targets, weights
-        )
+            features, bias = (
+                ops.cast(ops.cast(x, "float32") / temperature, x.dtype)
+                for x in (features, bias)
+            )
+        return linear_cross_entropy(features, kernel, bias, targets, weights)
 
     def _narrow(self, features: Any) -> Any:
         """Features of the embeddings' size."""
@@ -190,9 +192,14 @@ class SampledProjection(Projection):
         """The negative log-likelihood among the words that were drawn."""
         flat = ops.reshape(targets, (-1,))
         words = ops.concatenate([flat, sampled])
-        rows = embedding_lookup(self._read(self._table), words)
-        bias = self._read(self.bias)[:, None]
-        biases = ops.cast(embedding_lookup(bias, words)[:, 0], "float32")
+        # Looked up in float32: a frequent word is there hundreds of times,
+        # and so many gradients do not add up in bfloat16.
+        rows, biases = (
+            embedding_lookup(ops.convert_to_tensor(table), words)
+            for table in (self._table, self.bias[:, None])
+        )
+        rows = ops.cast(rows, self.compute_dtype)
+        biases = ops.cast(biases[:, 0], "float32")
         num_tokens = ops.shape(flat)[0]
         features = ops.reshape(features, (-1, rows.shape[-1]))
 

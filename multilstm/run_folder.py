@@ -93,6 +93,7 @@ class RunFolder:
         before = self.read_config()
         origin = ("model", "corpus_sha256", "initial_weights_sha256")
         after = before | config | {name: before[name] for name in origin}
+        after = json.loads(json.dumps(after))  # tuples are lists in a file
         if after != before:
             write_json(self.config, after)
 

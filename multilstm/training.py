@@ -185,7 +185,8 @@ def train(
     _check_splits(data)
     train_ids = data.train[: settings["train_tokens"]]
     batches = _cut(plan, train_ids, settings["seed"], 0)
-    model = _build(plan, data, settings)
+    has_checkpoint = resuming and folder.checkpoint.exists()
+    model = _build(plan, data, settings, afresh=not has_checkpoint)
     config = settings | {
         "model": model.settings,
         "preset_settings": dataclasses.asdict(plan),
@@ -195,20 +196,24 @@ def train(
     begun = Progress()
     if resuming:
         _check_same_text(folder, data)
-        if folder.checkpoint.exists():
+        if has_checkpoint:
             begun = folder.load_checkpoint(model)
         folder.update_config(config)
     else:
         folder.create(config, data.vocabulary)
+    # Figures are float32's, in whichever precision a run trains.
+    reader = model if model.dtype_policy.name == "float32" else _copy(model)
     keeper = _Keeper(
         folder,
-        Evaluator(model),
+        Evaluator(reader),
         data,
         begun,
         plan=plan,
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
     )
+    if settings["starts_from"] is not None and not has_checkpoint:
+        keeper.keep_start(model)
     if settings["softmax"] == "sampled":
         logger.warning(
             "The loss and perplexity of training are estimates, from a sample "
@@ -361,7 +366,7 @@ def _settings_to_resume(
     """The settings of a run, and the preset as it was when it began."""
     config = DEFAULTS | folder.read_config()
     try:
-        preset = Preset(**config["preset_settings"])
+        preset = preset_of(config)
     except (KeyError, TypeError) as error:
         raise _other_version(folder, error) from error
     settings = {name: config[name] for name in DEFAULTS}
@@ -375,6 +380,15 @@ def _settings_to_resume(
                 "run with --out."
             )
     return settings, preset
+
+
+def preset_of(config: dict[str, Any]) -> Preset:
+    """The preset of a run as it was when it began, with its own changes."""
+    settings = dict(config["preset_settings"])
+    # What runs of before 2026-11-25 have instead of `loss`.
+    if settings.pop("loss_sum_over_time", False):
+        settings["loss"] = "sum_over_time"
+    return Preset(**settings)
 
 
 def _other_version(folder: RunFolder, error: Exception) -> UserError:
@@ -424,7 +438,13 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         for name in names.split()
         if settings[name] is not None
     }
-    return dataclasses.replace(preset, **changes)
+    plan = dataclasses.replace(preset, **changes)
+    if plan.length_std is not None and plan.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"Accumulated gradients need batches of one length; {plan.name} "
+            "has a rate for each. Leave --gradient-accumulation-steps out."
+        )
+    return plan
 
 
 def _check_splits(data: Corpus) -> None:
@@ -437,7 +457,7 @@ def _check_splits(data: Corpus) -> None:
 
 
 def _build(
-    plan: Preset, data: Corpus, settings: dict[str, Any]
+    plan: Preset, data: Corpus, settings: dict[str, Any], *, afresh: bool
 ) -> LanguageModel:
     names = ("softmax", "cutoffs", "num_sampled", "seed")
     model = LanguageModel(
@@ -448,13 +468,23 @@ def _build(
         **{name: settings[name] for name in names},
     )
     model.build((plan.batch_size, plan.sequence_length))
-    if settings["starts_from"] is not None:
+    if settings["starts_from"] is not None and afresh:
         _take_weights(model, settings["starts_from"], data)
     model.compile(make_optimizer(plan))
     model.optimizer.build(model.trainable_variables)
     if plan.averaging == "always":
         model.optimizer.start_averaging()
     return model
+
+
+def _copy(model: LanguageModel) -> LanguageModel:
+    """The model in float32, never compiled: for figures and files."""
+    copy = LanguageModel(
+        **model.settings | {"carry_state": False}, dtype="float32"
+    )
+    copy.build((None, None))
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
@@ -484,6 +514,7 @@ def _cut(
             *sizes,
             std=plan.length_std,
             half_share=plan.half_length_share,
+            bucket=min(5, plan.sequence_length),
             rotates_rows=plan.rotates_rows,
             seed=[seed, epoch],
         )
@@ -545,6 +576,9 @@ class _Keeper(keras.callbacks.Callback):
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.asked_to_stop = False
+        self.start_perplexity = folder.read_config().get(
+            "start_valid_perplexity", math.inf
+        )
 
     def begin_epoch(self, batches: Any) -> None:
         """Tells what the next epoch is of; all of it, also if it goes on."""
@@ -614,10 +648,11 @@ class _Keeper(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         rate = float(optimizer.learning_rate)
         with optimizer.averaged_weights():
-            valid = self.evaluator(self.data.valid).perplexity
+            valid = self._evaluate()
             if not math.isfinite(valid):
                 self._stop_diverged("its validation", valid)
-            if not self.history or valid < min(self.valid_perplexities):
+            best = min(self.valid_perplexities, default=math.inf)
+            if valid < min(best, self.start_perplexity):
                 self._save_best()
         row = {
             "epoch": epoch + 1,
@@ -658,13 +693,29 @@ class _Keeper(keras.callbacks.Callback):
         self.kept = _describe(reached)
 
     def _save_best(self) -> None:
-        # Of a twin that was never compiled: Keras would save the optimizer
-        # too, which is three times the weights for Adam.
-        twin = LanguageModel(**self.model.settings | {"carry_state": False})
-        twin.build((None, None))
-        twin.set_weights(self.model.get_weights())
+        # Keras would save the optimizer of a model that is compiled too,
+        # which is three times the weights for Adam.
         with replacing(self.folder.best_weights) as temporary:
-            twin.save_weights(temporary, overwrite=True)
+            _copy(self.model).save_weights(temporary, overwrite=True)
+
+    def _evaluate(self) -> float:
+        reader = self.evaluator.model
+        if reader is not self.model:
+            reader.set_weights(self.model.get_weights())
+        return self.evaluator(self.data.valid).perplexity
+
+    def keep_start(self, model: LanguageModel) -> None:
+        """Keeps the weights of another run that this one begins with.
+
+        They are its best until an epoch is better.
+        """
+        self.set_model(model)
+        self.start_perplexity = self._evaluate()
+        self._save_best()
+        self.folder.update_config(
+            self.folder.read_config()
+            | {"start_valid_perplexity": self.start_perplexity}
+        )
 
     def _stop_diverged(self, place: str, value: float) -> None:
         kept = "no epoch was completed before"
@@ -715,15 +766,20 @@ def _fit(
                 epoch = len(keeper.history)
                 batches = cut(epoch)
                 keeper.begin_epoch(batches)
+                lengths = getattr(batches, "lengths", None)
                 if keeper.num_batches:
                     batches = _Rest(batches, keeper.num_batches)
+                    if lengths is not None:
+                        lengths = lengths[keeper.num_batches :]
+                times.begin_epoch(lengths)
                 model.fit(
                     batches,
                     initial_epoch=epoch,
                     epochs=epoch + 1,
                     shuffle=False,
                     verbose=0,
-                    callbacks=[schedule, times, keeper, *bars],
+                    # The rate after what a checkpoint brings back.
+                    callbacks=[times, keeper, schedule, *bars],
                 )
         finally:
             for bar in bars:
@@ -777,14 +833,16 @@ def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
 # After training ------------------------------------------------------------
 
 
-def _protocol(plan: Preset, settings: dict[str, Any]) -> dict[str, Any]:
+def describe_protocol(plan: Preset, settings: dict[str, Any]) -> dict[str, Any]:
     """What the figures of a run are of, and what was chosen on what."""
     chosen = ["the epoch whose weights are kept"]
     if plan.plateau_factor is not None:
         chosen.append("when the learning rate falls")
     if plan.averaging == "triggered":
         chosen.append("when averaging begins")
-    if plan.stops_non_monotone or settings["patience"] is not None:
+    if plan.stops_non_monotone or any(
+        settings[name] is not None for name in ("patience", "until_perplexity")
+    ):
         chosen.append("when training ends")
     average = ", averages once they begin" if plan.averaging != "never" else ""
     return {
@@ -802,6 +860,10 @@ def _finish(
     speed: dict[str, Any],
 ) -> dict[str, Any]:
     folder, data, history = keeper.folder, keeper.data, keeper.history
+    best = best_epoch(history) if history else {}
+    start = keeper.start_perplexity
+    if start < best.get("valid_perplexity", math.inf):
+        best = {"epoch": 0, "valid_perplexity": start}
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",
@@ -816,23 +878,25 @@ def _finish(
         "precision": settings["precision"],
         "learning_rate": keeper.plan.learning_rate,
         "train_tokens": settings["train_tokens"],
+        "starts_from": settings["starts_from"],
+        "gradient_accumulation_steps": (
+            keeper.plan.gradient_accumulation_steps
+        ),
         "softmax": settings["softmax"],
         "parameters": model.count_params(),
         "epochs": len(history),
-        "best_epoch": best_epoch(history)["epoch"] if history else None,
-        "valid_perplexity": (
-            best_epoch(history)["valid_perplexity"] if history else None
-        ),
+        "best_epoch": best["epoch"] if best else None,
+        "valid_perplexity": best["valid_perplexity"] if best else None,
         "test_perplexity": None,
         "test_unigram_perplexity": data.unigram_perplexity("test"),
-        "protocol": _protocol(keeper.plan, settings),
+        "protocol": describe_protocol(keeper.plan, settings),
         **speed,
         "peak_memory_mb": peak_memory_mb(),
         "history": history,
     }
     if not keeper.interrupted:
-        best, _, _ = load_run(folder.path)
-        model.set_weights(best.get_weights())
+        kept, _, _ = load_run(folder.path)
+        keeper.evaluator.model.set_weights(kept.get_weights())
         result["test_perplexity"] = keeper.evaluator(data.test).perplexity
     write_json(folder.result, finite_or_none(result))
     return result

@@ -376,10 +376,14 @@ def _cross_entropy_of_first_backward(
         )
         return d_down + down_part, d_kernel + kernel_part, d_features
 
-    zeros = tuple(map(jnp.zeros_like, (down, kernel, features)))
+    zeros = (
+        *(jnp.zeros(x.shape, _float32) for x in (down, kernel)),
+        jnp.zeros_like(features),
+    )
     d_down, d_kernel, d_features = lax.fori_loop(
         0, -(-count // size), add, zeros
     )
+    d_down, d_kernel = d_down.astype(down.dtype), d_kernel.astype(kernel.dtype)
     return d_features, d_down, d_kernel, None, None
 
 

@@ -232,11 +232,15 @@ def linear_cross_entropy(
     weights: Any = None,
     *,
     max_logits_bytes: int | None = None,
+    most_tokens: int | None = None,
 ) -> Any:
-    """As `reference.linear_cross_entropy`, in chunks of the vocabulary."""
+    """As `reference.linear_cross_entropy`, in chunks of the vocabulary.
+
+    Where the number of tokens is not known they are at most `most_tokens`.
+    """
     kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
     shape = tf.shape(targets)
-    num_tokens = targets.shape.num_elements() or _ASSUMED_TOKENS
+    num_tokens = targets.shape.num_elements() or most_tokens or _ASSUMED_TOKENS
     targets = tf.reshape(targets, (-1,))
     if weights is not None:
         weights = tf.reshape(tf.cast(weights, tf.float32), (-1,))
@@ -269,6 +273,7 @@ def cross_entropy_of_some(
         kernel,
         tf.zeros(kernel.shape[1:], kernel.dtype),
         tf.gather(tf.reshape(targets, (-1,)), places),
+        most_tokens=targets.shape.num_elements(),
     )
     num_tokens = tf.size(targets, places.dtype)
     nll = tf.scatter_nd(places[:, None], nll, [num_tokens])
