@@ -336,6 +336,7 @@ def test_compare_shows_a_row_for_each_backend(command, corpus_folder, tmp_path):
     speed = result["history"][0]["tokens_per_second"]
     assert cells == [
         BACKEND,
+        "1",
         f"{valid:.2f}",
         f"{result['test_perplexity']:.2f}",
         f"{speed:,.0f}",

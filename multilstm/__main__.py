@@ -561,28 +561,22 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
 
 
 def comparison_table(results: dict[str, Any]) -> Table:
-    """One row a backend: perplexity of each epoch, test, tokens/s."""
-    num_epochs = max(len(r.get("history", ())) for r in results.values())
-    table = Table(title="validation perplexity by epoch")
+    """One row a backend: the best epoch, its perplexities, tokens/s."""
+    table = Table(title="perplexity of the best epoch")
     table.add_column("backend")
-    for epoch in range(num_epochs):
-        table.add_column(str(epoch + 1), justify="right")
-    table.add_column("test", justify="right")
-    table.add_column("tokens/s", justify="right")
+    for heading in ("epoch", "valid", "test", "tokens/s"):
+        table.add_column(heading, justify="right")
     for backend, result in results.items():
         if "error" in result:
             table.add_row(backend, result["error"])
             continue
-        by_epoch = [f"{r['valid_perplexity']:.2f}" for r in result["history"]]
-        by_epoch += [""] * (num_epochs - len(by_epoch))
-        test = result["test_perplexity"]
+        figures = [result["valid_perplexity"], result["test_perplexity"]]
         speeds = [row["tokens_per_second"] for row in result["history"]]
-        speed = sum(speeds) / len(speeds) if speeds else 0.0
         table.add_row(
             backend,
-            *by_epoch,
-            f"{test:.2f}" if test is not None else "",
-            f"{speed:,.0f}",
+            str(result["best_epoch"] or "-"),
+            *("-" if figure is None else f"{figure:.2f}" for figure in figures),
+            f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
         )
     return table
 
