@@ -225,11 +225,13 @@ def test_gradient_of_a_large_sample_is_the_exact_one(tied, rng):
     if not tied:
         many[-2], few[-2] = many[-2].T, few[-2].T
     # Each word comes as often as expected, give or take one or two; the
-    # rarest are expected 130 times.
-    close = {"rtol": 0.02, "atol": 1e-4}
+    # rarest are expected 130 times. A gradient is a sum of such terms, in
+    # which larger ones may cancel.
     for got, truth in zip(many, exact, strict=True):
-        np.testing.assert_allclose(got, truth, **close)
-    assert not np.allclose(few[-1], exact[-1], **close)
+        atol = 0.02 * np.abs(truth).max()
+        np.testing.assert_allclose(got, truth, rtol=0.02, atol=atol)
+    atol = 0.02 * np.abs(exact[-1]).max()
+    assert not np.allclose(few[-1], exact[-1], rtol=0.02, atol=atol)
 
 
 @pytest.mark.parametrize(
