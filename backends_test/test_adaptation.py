@@ -152,6 +152,17 @@ def test_each_method_gains_and_says_how(corpus, few):
             )
 
 
+def test_each_method_is_kept_when_it_is_done(corpus, few):
+    kept = []
+    adapt(
+        make_model(),
+        corpus,
+        keep=lambda record: kept.append([*record["methods"]]),
+    )
+    names = ["temperature", "cache", "temperature+cache"]
+    assert kept == [names[:1], names[:2], names]
+
+
 def test_cache_goes_with_the_temperature_that_was_found(corpus, few):
     model = make_model()
     got = adapt(model, corpus)["methods"]

@@ -382,6 +382,23 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
 
     model, _, config = load_run(options.run)
     corpus = load_run_corpus(config, options.data, options.corpus)
+    path = RunFolder(options.run).adapted
+    record: dict[str, Any] = {
+        "run": str(options.run),
+        **describe_environment(),
+        "preset": config["preset"],
+        "corpus": corpus.name,
+        "weights_sha256": weights_sha256(model),
+    }
+
+    def keep(result: dict[str, Any]) -> None:
+        """Writes what there is so far: some methods take long."""
+        record.update(result)
+        record["plain"]["protocol"] = describe_protocol(
+            preset_of(config), config
+        )
+        write_json(path, finite_or_none(record))
+
     result = adapt(
         model,
         corpus,
@@ -392,22 +409,11 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         num_samples=options.num_samples,
         seed=options.seed,
         tell=_telling(),
+        keep=keep,
     )
-    record = {
-        "schema": result.pop("schema"),
-        "run": str(options.run),
-        **describe_environment(),
-        "preset": config["preset"],
-        "corpus": corpus.name,
-        "weights_sha256": weights_sha256(model),
-        **result,
-    }
-    record["plain"]["protocol"] = describe_protocol(preset_of(config), config)
     console.print(adaptation_table(result))
     for name, figures in result["methods"].items():
         console.print(f"{name}: {show_settings(figures['settings'])}")
-    path = RunFolder(options.run).adapted
-    write_json(path, finite_or_none(record))
     console.print(str(path))
     return record
 

@@ -73,6 +73,7 @@ def adapt(
     num_samples: int = 10,
     seed: int = 0,
     tell: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Tunes methods on the valid text and measures them on valid and test.
 
@@ -91,6 +92,8 @@ def adapt(
         num_samples: Masks a word of a dropout average.
         seed: For these masks, which differ between backends.
         tell: Called with a line at each step.
+        keep: Called with what is returned, as far as it is there, after each
+            method.
 
     Returns:
         `schema`; `plain`, the figures of the model as it is; `methods`, for
@@ -144,6 +147,7 @@ def adapt(
         record["methods"][name] = _adapt_by(
             make(name), texts, _telling_of(name, tell)
         )
+        keep(record)
     return record
 
 
