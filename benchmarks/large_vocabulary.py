@@ -110,6 +110,7 @@ def cut(shape: Shape, steps: int) -> Any:
 
 def measure_memory(kind: str, optimizer: str, shape: Shape) -> dict[str, Any]:
     """The most memory that two steps take over the start, in this process."""
+    # Loaded for their own memory, which is not to be counted.
     import keras  # noqa: F401
 
     from multilstm import model  # noqa: F401

@@ -7,7 +7,7 @@ adaptive  with the frequent words, and with rare ones if it is rare
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
@@ -279,7 +279,7 @@ def choose_softmax(
     Raises:
         UserError: If they do not go together.
     """
-    kinds = Softmax.__args__  # type: ignore[attr-defined]
+    kinds = get_args(Softmax)
     if softmax not in kinds:
         raise UserError(
             f"`softmax` must be one of {', '.join(kinds)}; received "
