@@ -4,10 +4,12 @@ nox                    lint, types and the tests of the three backends
 nox -s train-jax       trains; what follows -- goes to `multilstm train`
 nox -s bench           times a training step on all three, in turns
 nox -s compare         the same preset from the same weights on all three
+nox -s test-faults     kills runs at random moments, over and over
 nox -s coverage        the tests, and what they covered on all three together
 """
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -57,6 +59,11 @@ def test(session: nox.Session, backend: str) -> None:
     # The models of the tests are tiny. PyTorch's threads would only wait for
     # each other, ten times longer where the machine has other work.
     session.env.setdefault("OMP_NUM_THREADS", "1")
+    # JAX compiles the same tiny steps for many tests: each once is enough.
+    cache = session.create_tmp()
+    session.env.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    for at_least in ("COMPILE_TIME_SECS", "ENTRY_SIZE_BYTES"):
+        session.env[f"JAX_PERSISTENT_CACHE_MIN_{at_least}"] = "0"
     session.run(
         *("coverage", "run", "-m", "pytest", *session.posargs),
     )
@@ -87,6 +94,26 @@ def compare(session: nox.Session) -> None:
     """Trains on each backend whose test or train environment is there."""
     install(session, "-e", ".", group="")
     session.run("multilstm", "compare", *session.posargs)
+
+
+@nox.session(name="test-faults", venv_backend="none")
+def test_faults(session: nox.Session) -> None:
+    """Kills runs of each backend whose test environment is there."""
+    found = False
+    for backend in BACKENDS:
+        python = Path(f".nox/test-{backend}/bin/python").absolute()
+        if python.exists():
+            found = True
+            session.run(
+                *(str(python), "backends_test/faults.py", *session.posargs),
+                env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
+                external=True,
+            )
+    if not found:
+        session.error(
+            "No test environment is there. Make one with, for instance: "
+            "nox -s test-torch --install-only"
+        )
 
 
 @nox.session(requires=[f"test-{backend}" for backend in BACKENDS])

@@ -71,7 +71,7 @@ def test_content_is_on_the_disk_before_it_is_renamed(path, monkeypatch):
 
         monkeypatch.setattr(owner, name, record)
     write_text(path, "new")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]  # file, name, folder
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """What lies on the disk: written whole, read back the same, or explained."""
 
 import io
+import json
+import os
+import zipfile
 
 import keras
 import numpy as np
 import pytest
 
-from multilstm import Vocabulary
-from multilstm.errors import UserError
+from multilstm import Vocabulary, run_folder
+from multilstm.errors import UserError, WriteError
 from multilstm.run_folder import Progress, RunFolder, draw_curves
 
 HISTORY = [
@@ -116,6 +119,239 @@ def test_checkpoint_that_fails_leaves_the_one_before(folder, monkeypatch):
         folder.save_checkpoint(model, Progress())
     assert folder.checkpoint.read_bytes() == before
     assert list(folder.checkpoint.parent.iterdir()) == [folder.checkpoint]
+
+
+def test_checkpoint_is_read_back_before_it_takes_the_place(folder, monkeypatch):
+    """A disk that loses what it was given, without a word."""
+    model = make_model()
+    folder.save_checkpoint(model, Progress(HISTORY))
+    before = folder.checkpoint.read_bytes()
+    savez = np.savez
+
+    def write_wrong(path, **arrays):
+        arrays["model/0"] = arrays["model/0"] + 1
+        savez(path, **arrays)
+
+    monkeypatch.setattr(np, "savez", write_wrong)
+    with pytest.raises(WriteError, match="must read as it was written"):
+        folder.save_checkpoint(model, Progress())
+    assert folder.checkpoint.read_bytes() == before
+    assert not folder.previous_checkpoint.exists()
+
+
+@pytest.fixture
+def two_checkpoints(folder):
+    """A folder with a last and a previous checkpoint, of known weights."""
+    model = make_model()
+    for epochs in (1, 2):
+        model.layers[-1].bias.assign(np.full(4, epochs))
+        folder.save_checkpoint(model, Progress(HISTORY[:epochs]))
+    return folder
+
+
+def test_checkpoint_before_the_last_is_kept(two_checkpoints):
+    folder = two_checkpoints
+    folder.checkpoint.unlink()  # as between the two renames
+    assert folder.has_checkpoint
+    model = make_model()
+    assert folder.load_checkpoint(model) == Progress(HISTORY[:1])
+    np.testing.assert_array_equal(model.layers[-1].bias, np.full(4, 1.0))
+
+
+@pytest.mark.parametrize("place", [3, 4, 5], ids="{}0 %".format)
+def test_flipped_bit_is_found_and_costs_one_checkpoint(
+    place, two_checkpoints, caplog
+):
+    folder = two_checkpoints
+    content = bytearray(folder.checkpoint.read_bytes())
+    content[len(content) * place // 10] ^= 0x10
+    folder.checkpoint.write_bytes(content)
+    assert_goes_on_from_the_one_before(folder, caplog)
+    damaged = folder.checkpoint.with_name("damaged.npz")
+    assert damaged.read_bytes() == content
+
+
+def test_no_flipped_bit_gives_a_state_that_never_was(two_checkpoints):
+    """Some bits mean nothing, such as those of a zip's dates."""
+    folder, model = two_checkpoints, make_model()
+    content = folder.checkpoint.read_bytes()
+    found = 0
+    for place in range(0, len(content), 37):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        folder.checkpoint.write_bytes(changed)
+        epochs = len(folder.load_checkpoint(model).history)
+        bias = keras.ops.convert_to_numpy(model.layers[-1].bias)
+        np.testing.assert_array_equal(bias, np.full(4, float(epochs)))
+        found += epochs == 1
+    assert found > 0.5 * len(content) / 37
+
+
+def assert_goes_on_from_the_one_before(folder, caplog):
+    model = make_model()
+    assert folder.load_checkpoint(model) == Progress(HISTORY[:1])
+    np.testing.assert_array_equal(model.layers[-1].bias, np.full(4, 1.0))
+    [message] = caplog.messages
+    assert "last.npz cannot be read" in message
+    assert "going on from the checkpoint before" in message
+    folder.save_checkpoint(model, Progress(HISTORY))  # does not lose it
+    assert folder.load_checkpoint(model) == Progress(HISTORY)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+def test_truncated_checkpoint_costs_one_checkpoint(
+    share, two_checkpoints, caplog
+):
+    content = two_checkpoints.checkpoint.read_bytes()
+    two_checkpoints.checkpoint.write_bytes(content[: int(len(content) * share)])
+    assert_goes_on_from_the_one_before(two_checkpoints, caplog)
+
+
+def test_where_both_are_damaged_nothing_is_moved(two_checkpoints):
+    folder = two_checkpoints
+    for path in (folder.checkpoint, folder.previous_checkpoint):
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"previous\.npz cannot be read"):
+        folder.load_checkpoint(make_model())
+    assert folder.checkpoint.read_bytes() == b"torn"
+
+
+def rewritten(folder, change):
+    """The last checkpoint's content, changed and written, its checksum too."""
+    with np.load(folder.checkpoint) as npz:
+        arrays = {name: npz[name] for name in npz.files}
+    about = json.loads(str(arrays.pop("about")))
+    del about["sha256"]
+    change(about, arrays)
+    about["sha256"] = run_folder._sha256(about, arrays)
+    np.savez(folder.checkpoint, about=json.dumps(about), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "multilstm-checkpoint-99"}, "its schema is .*-99'"),
+        ({"history": {}}, "'history' is no list"),
+        ({"history": [1]}, "a row that is not of numbers"),
+        ({"history": [{"epoch": "1"}]}, "a row that is not of numbers"),
+        ({"num_batches": "3"}, "'num_batches' is no int"),
+        ({"num_batches": -3}, "'num_batches' is below 0"),
+        ({"seconds": None}, "'seconds' is no float"),
+        ({"backend": None}, "'backend' is no str"),
+    ],
+    ids=str,
+)
+def test_description_of_another_kind_is_refused(changes, message, folder):
+    folder.save_checkpoint(make_model(), Progress(HISTORY))
+    rewritten(folder, lambda about, arrays: about.update(changes))
+    with pytest.raises(UserError, match=message):
+        folder.load_checkpoint(make_model())
+
+
+def test_checksum_covers_the_description(folder):
+    folder.save_checkpoint(make_model(), Progress(HISTORY))
+    with np.load(folder.checkpoint) as npz:
+        arrays = {name: npz[name] for name in npz.files}
+    about = json.loads(str(arrays.pop("about")))
+    about["history"][0]["valid_perplexity"] = 1.0
+    np.savez(folder.checkpoint, about=json.dumps(about), **arrays)
+    with pytest.raises(UserError, match="its checksum is not that of its"):
+        folder.load_checkpoint(make_model())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: arrays.update({"model/0": np.zeros(7, np.float32)}),
+        lambda arrays: arrays.update({"model/0": arrays["model/0"] > 0}),
+        lambda arrays: arrays.pop("optimizer/1"),
+        lambda arrays: arrays.update({"model/99": np.zeros(1)}),
+    ],
+    ids=["shape", "kind", "one less", "one more"],
+)
+def test_state_of_another_model_does_not_cost_the_last_one(
+    change, two_checkpoints, caplog
+):
+    """It is not damaged: the one before it must not take its place."""
+    rewritten(two_checkpoints, lambda about, arrays: change(arrays))
+    with pytest.raises(UserError, match="must hold the state of this model"):
+        two_checkpoints.load_checkpoint(make_model())
+    assert two_checkpoints.checkpoint.exists()
+    assert not caplog.messages
+
+
+def test_array_that_claims_too_much_takes_no_memory(folder):
+    """NumPy would ask for the 4 TB that the header tells of."""
+    folder.save_checkpoint(make_model(), Progress())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+    )
+    with zipfile.ZipFile(folder.checkpoint, "w") as archive:
+        archive.writestr("model/0.npy", header.getvalue() + b"1234")
+    with pytest.raises(UserError, match="claims too large an array"):
+        folder.load_checkpoint(make_model())
+
+
+def test_compressed_checkpoint_is_refused(folder):
+    """It might hold gigabytes of zeros in a kilobyte; ours never are."""
+    folder.checkpoint.parent.mkdir(parents=True)
+    np.savez_compressed(folder.checkpoint, about=np.zeros(10**6))
+    with pytest.raises(UserError, match="is compressed"):
+        folder.load_checkpoint(make_model())
+
+
+def test_pickled_array_is_refused(folder):
+    folder.save_checkpoint(make_model(), Progress())
+    rewritten(
+        folder,
+        lambda about, arrays: arrays.update(
+            {"model/0": np.zeros((3, 4), object)}
+        ),
+    )
+    with pytest.raises(UserError):
+        folder.load_checkpoint(make_model())
+
+
+def test_checkpoint_of_another_backend_is_told_of(folder, caplog):
+    folder.save_checkpoint(make_model(), Progress())
+    rewritten(folder, lambda about, _: about.update(backend="other"))
+    folder.load_checkpoint(make_model())
+    assert "from a checkpoint of other: the same to rounding" in caplog.text
+
+
+def test_leftovers_of_killed_processes_are_removed(folder):
+    folder.path.mkdir()
+    folder.checkpoint.parent.mkdir()
+    leftovers = [
+        folder.path / ".config-ab12_xyz.json",
+        folder.path / ".best.weights-ab12_xyz.weights.h5",
+        folder.checkpoint.parent / ".last-ab12_xyz.npz",
+    ]
+    others = [folder.path / "notes.json", folder.path / ".config-mine.json"]
+    for path in leftovers + others:
+        path.write_text("a part")
+    with folder.held():
+        assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in others)
+
+
+def test_folder_where_nothing_was_made_does_not_stay(folder):
+    with pytest.raises(KeyError), folder.held():
+        raise KeyError("bad settings")
+    assert not folder.path.exists()
+
+
+def test_folder_is_held_by_one(folder):
+    with folder.held():
+        message = f"is being trained by process {os.getpid()} on .*, since"
+        other = RunFolder(folder.path)
+        with pytest.raises(UserError, match=message), other.held():
+            pass
+        assert folder.holder.exists()  # is left to the one who holds
+    folder.path.mkdir(exist_ok=True)
+    with other.held():
+        pass
 
 
 def test_config_comes_back_and_is_not_written_over(folder):

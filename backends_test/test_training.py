@@ -1,8 +1,15 @@
 """Runs: what they leave, how they are stopped, and how they go on."""
 
 import csv
+import errno
+import itertools
 import json
+import math
+import os
+import re
+import shutil
 import signal
+import time
 from dataclasses import replace
 
 import keras
@@ -20,7 +27,7 @@ from multilstm import (
 from multilstm import model as model_module
 from multilstm import train as train_run
 from multilstm import training as training_module
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.run_folder import RunFolder
 from multilstm.training import (
     DivergedError,
@@ -74,11 +81,15 @@ def steps_at_once(monkeypatch):
     return steps_at_once
 
 
+class CrashError(Exception):
+    """What no part of the package knows."""
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """Makes a run raise an exception right after its n-th checkpoint."""
 
-    def stop_after(number, exception=MemoryError):
+    def stop_after(number, exception=CrashError):
         save, saved = RunFolder.save_checkpoint, []
 
         def save_and_stop(self, model, reached):
@@ -100,16 +111,16 @@ def interrupt_at(monkeypatch, steps_at_once):
     # What a shell starts in the background ignores SIGINT from its start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupt_at(number, times=1, steps=1):
+    def interrupt_at(at, times=1, steps=1, number=signal.SIGINT):
         steps_at_once(steps)
         step, steps = training_module.StepTimes.on_train_batch_end, []
 
         def step_and_interrupt(self, batch, logs=None):
             step(self, batch, logs)
             steps.append(batch)
-            if len(steps) == number:
+            if len(steps) == at:
                 for _ in range(times):
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(number)
 
         monkeypatch.setattr(
             training_module.StepTimes, "on_train_batch_end", step_and_interrupt
@@ -141,6 +152,7 @@ def test_run_folder_holds_what_the_result_says(train, corpus_folder, tmp_path):
     result = train()
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "best.weights.h5",
         "checkpoint",
         "config.json",
@@ -301,10 +313,10 @@ def test_run_that_goes_on_ends_as_one_that_never_stopped(preset, train, whole):
     expected, expected_weights = whole(preset)
     train("parts", preset=preset, epochs=1)
     parts = train("parts", preset=preset, epochs=3, resume=True)
-    np.testing.assert_allclose(figures(parts), expected, **SAME)
+    np.testing.assert_array_equal(figures(parts), expected)
     best, *_ = load_run(parts["run"])
     for weight, other in zip(best.get_weights(), expected_weights, strict=True):
-        np.testing.assert_allclose(weight, other, **SAME)
+        np.testing.assert_array_equal(weight, other)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny_windows", "tiny_awd"])
@@ -314,12 +326,120 @@ def test_crash_within_an_epoch_costs_no_more_than_a_checkpoint(
     expected, _ = whole(preset)
     steps_at_once(1)
     saved = stop_after(5)
-    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
-    with pytest.raises(MemoryError):
-        train("parts", preset=preset)
+    with pytest.raises(CrashError):
+        train("parts", preset=preset, checkpoint_minutes=0)
     assert saved == [1, 2, 3, 4, 5]
     parts = train("parts", preset=preset, resume=True)
     np.testing.assert_allclose(figures(parts), expected, **SAME)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_a_run_cleanly(number, train, interrupt_at, whole):
+    expected, _ = whole()
+    interrupt_at(4, number=number)
+    assert train("parts")["status"] == "interrupted"
+    parts = train("parts", resume=True)
+    assert parts["status"] == "finished"
+    np.testing.assert_allclose(figures(parts), expected, **SAME)
+
+
+def test_second_process_is_refused_and_told_of_the_first(
+    train, tmp_path, monkeypatch
+):
+    """The lock is of a file that is open, whichever process opened it."""
+    message = re.escape(f"trained by process {os.getpid()} on ") + ".*, since "
+    held = []
+
+    def train_there(self, model, reached):
+        with pytest.raises(UserError, match=message):
+            train(resume=True)
+        held.append(reached)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", train_there)
+        train(epochs=1)
+    assert held
+    assert train(epochs=1, resume=True)["status"] == "finished"
+
+
+def test_folder_that_was_moved_is_not_made_anew(train, tmp_path, stop_after):
+    class MovedError(Exception):
+        pass
+
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save = RunFolder.save_checkpoint
+    stop_after(2, MovedError)
+    with pytest.raises(MovedError):
+        train()
+    assert not (run / ".holder").exists()
+    expected = train(resume=True)
+
+    def save_and_move(self, model, reached):
+        save(self, model, reached)
+        if len(reached.history) == 2:
+            run.rename(elsewhere)
+
+    shutil.rmtree(run)
+    RunFolder.save_checkpoint = save_and_move
+    try:
+        with pytest.raises(WriteError, match="it was removed, moved or"):
+            train()
+    finally:
+        RunFolder.save_checkpoint = save
+    assert not run.exists()
+    parts = train("elsewhere", resume=True)
+    np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+
+
+def test_full_disk_is_told_and_costs_no_more_than_a_checkpoint(
+    train, whole, monkeypatch
+):
+    expected, _ = whole()
+    fsync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match="No space left on device"):
+            train()
+    parts = train(resume=True)
+    np.testing.assert_allclose(figures(parts), expected, **SAME)
+
+
+def test_clock_that_goes_back_changes_nothing(train, whole, monkeypatch):
+    expected, _ = whole()
+    seconds = itertools.count(2e9, -3600.0)
+    monkeypatch.setattr(time, "time", lambda: next(seconds))
+    result = train()
+    np.testing.assert_allclose(figures(result), expected, **SAME)
+    assert all(row["seconds"] > 0 for row in result["history"])
+
+
+def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
+    result = train(preset="tiny_wild", learning_rate=3e3, retries=20, epochs=1)
+    times = sum("This is done now" in line for line in caplog.messages)
+    assert 0 < times < 20
+    assert result["learning_rate"] == 3e3 / 2**times
+    assert math.isfinite(result["test_perplexity"])
+
+
+def test_retries_come_to_an_end(train, caplog):
+    with pytest.raises(DivergedError):
+        train(preset="tiny_wild", retries=2)
+    assert sum("This is done now" in line for line in caplog.messages) == 2
+    with pytest.raises(UserError, match="`retries` must be at least 0"):
+        train(retries=-1)
+
+
+@pytest.mark.parametrize("minutes", [-1.0, math.nan])
+def test_time_between_checkpoints_is_checked(minutes, train):
+    with pytest.raises(UserError, match="`checkpoint_minutes` must be 0"):
+        train(checkpoint_minutes=minutes)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +578,6 @@ def test_weights_that_are_no_numbers_are_not_kept(
 ):
     """The loss of their batch was a number still."""
     steps_at_once(1)
-    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1)
     step, steps = training_module.StepTimes.on_train_batch_end, []
 
     def step_and_ruin(self, batch, logs=None):
@@ -474,7 +593,7 @@ def test_weights_that_are_no_numbers_are_not_kept(
         )
         message = "nan in epoch 1, batch 5; .* after batch 4 of epoch 1 is kept"
         with pytest.raises(DivergedError, match=message):
-            train()
+            train(checkpoint_minutes=0)
     assert train(resume=True)["status"] == "finished"
 
 
@@ -519,7 +638,7 @@ def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
 
 def test_rate_that_is_lowered_holds_within_an_epoch_too(train, stop_after):
     stop_after(2)
-    with pytest.raises(MemoryError):
+    with pytest.raises(CrashError):
         train(epochs=2)
     rates = []
     begin = training_module.StepTimes.on_train_batch_end

@@ -102,6 +102,11 @@ class Train(OnBackend):
     """Stop after so many epochs without a better validation perplexity."""
     until_perplexity: float | None = None
     """Stop after the first epoch with this validation perplexity or less."""
+    checkpoint_minutes: float | None = None
+    """Between checkpoints within an epoch. Default: 10."""
+    retries: int = 0
+    """How often a run whose loss is no number any more goes back to its last
+    checkpoint and on at half the learning rate."""
     max_vocabulary: int | None = None
     """Keep so many of the most frequent words; the others are <unk>."""
     unknown: UnknownWords | None = None

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person at the keyboard can mend."""
+"""The exceptions for what the person at the keyboard can mend."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
     status 1. It is a `ValueError`, so that callers of the library need not
     know it.
     """
+
+
+class WriteError(UserError, OSError):
+    """A file that the system did not let us write: full, forbidden, gone."""

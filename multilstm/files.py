@@ -5,36 +5,77 @@ import math
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path that becomes `path` when the block succeeds.
 
-    The file is flushed to the disk before it is renamed, so that after a
-    crash `path` holds either what it held before or all of the new content.
-    The temporary name keeps the suffix of `path`, which writers go by.
+    The file is flushed to the disk before it is renamed, and the folder
+    after that, so that after a crash `path` holds either what it held before
+    or all of the new content. The temporary name keeps the suffix of `path`,
+    which writers go by.
+
+    Raises:
+        WriteError: If the system refuses, for a full disk among others.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem}-", suffix="".join(path.suffixes)
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix, suffix = _temporary_name(path)
+        handle, name = tempfile.mkstemp(suffix, prefix, path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        flush_folder(path.parent)
+    except WriteError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise WriteError(
+            f"{path} cannot be written: {reason}. What was there before is "
+            "still whole. Make room or mend the permissions, and do it again."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes new names in a folder last through a crash of the system."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left of `replacing(path)`.
+
+    Only where no other process writes to `path` now.
+    """
+    prefix, suffix = _temporary_name(path)
+    for leftover in path.parent.glob(f"{prefix}????????{suffix}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path) -> tuple[str, str]:
+    """Prefix and suffix around eight letters at random."""
+    return f".{path.stem}-", "".join(path.suffixes)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +126,13 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except FileNotFoundError as error:
         raise UserError(f"{path} is needed and does not exist.") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    except (
+        *(ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error),
+        RuntimeError,  # of JSON nested too deep, of an encrypted npz
+    ) as error:
         raise UserError(
             f"{path} cannot be read, it is broken or of another kind: {error}"
         ) from error

@@ -4,31 +4,44 @@
     history.csv           one row an epoch            curves.png
     checkpoint/last.npz   to go on from: weights, optimizer, carried state,
                           random state, position in the data, history
+    checkpoint/previous.npz    the one before, should the last be damaged
     best.weights.h5       the weights with the lowest validation perplexity
     result.json           the figures, when training has ended
     adapted.json          those of `multilstm evaluate --adapt`
 
 No file is ever half-written: each is written under a temporary name and then
-renamed. None is a pickle.
+renamed. None is a pickle. One process at a time trains here.
 """
 
 import csv
+import hashlib
 import io
 import json
+import logging
+import math
+import os
+import socket
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
 import keras
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.files import (
+    flush_folder,
     read_json,
     read_or_explain,
+    remove_leftovers,
     replacing,
     write_json,
     write_text,
@@ -36,8 +49,10 @@ from multilstm.files import (
 from multilstm.vocabulary import Vocabulary
 
 CONFIG_SCHEMA = "multilstm-run-1"
-CHECKPOINT_SCHEMA = "multilstm-checkpoint-1"
+CHECKPOINT_SCHEMA = "multilstm-checkpoint-2"
 RESULT_SCHEMA = "multilstm-result-1"
+
+logger = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
 
@@ -67,9 +82,81 @@ class RunFolder:
         self.history = self.path / "history.csv"
         self.curves = self.path / "curves.png"
         self.checkpoint = self.path / "checkpoint" / "last.npz"
+        self.previous_checkpoint = self.path / "checkpoint" / "previous.npz"
         self.best_weights = self.path / "best.weights.h5"
         self.result = self.path / "result.json"
         self.adapted = self.path / "adapted.json"
+        self.lock = self.path / ".lock"
+        self.holder = self.path / ".holder"
+        self._identity: tuple[int, int] | None = None  # while it is held
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from training here until the block ends.
+
+        The lock is the system's, which opens it when a process dies.
+
+        Raises:
+            UserError: If another process trains here. It is named.
+        """
+        is_new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.lock, timeout=0)
+            with lock:
+                status = self.path.stat()
+                self._identity = (status.st_dev, status.st_ino)
+                for path in vars(self).values():
+                    if isinstance(path, Path) and path != self.path:
+                        remove_leftovers(path)
+                now = datetime.now().astimezone().isoformat(" ", "seconds")
+                who = f"process {os.getpid()} on {socket.gethostname()}"
+                write_text(self.holder, f"{who}, since {now}")
+                try:
+                    yield
+                finally:
+                    self._identity = None
+                    self.holder.unlink(missing_ok=True)
+                    if is_new and not self.config.exists():
+                        self.lock.unlink(missing_ok=True)
+                        with suppress(OSError):  # gone or not empty
+                            self.path.rmdir()
+        except filelock.Timeout as error:
+            who = "another process"
+            with suppress(OSError):  # it may just have ended
+                who = self.holder.read_text()
+            raise UserError(
+                f"{self.path} is being trained by {who}. Wait for its end, "
+                "stop it, or choose another folder with --out."
+            ) from error
+
+    @contextmanager
+    def replacing(self, path: Path) -> Iterator[Path]:
+        """As `files.replacing`, as long as the folder is the one held.
+
+        One that was removed is not made anew with a part of a run.
+
+        Raises:
+            WriteError: If it is not, or the system refuses.
+        """
+        self._check_still_there()
+        with replacing(path) as temporary:
+            yield temporary
+
+    def _check_still_there(self) -> None:
+        if self._identity is None:
+            return
+        try:
+            status = self.path.stat()
+            found = (status.st_dev, status.st_ino)
+        except OSError:
+            found = None
+        if found != self._identity or not self.config.exists():
+            raise WriteError(
+                f"{self.path} must stay while its run goes on; it was removed, "
+                "moved or replaced. Nothing more is written to it. If it was "
+                "moved, go on with --resume and --out, where it is now."
+            )
 
     def create(self, config: dict[str, Any], vocabulary: Vocabulary) -> None:
         """Starts a run.
@@ -117,45 +204,89 @@ class RunFolder:
         writer = csv.DictWriter(text, list(history[0]))
         writer.writeheader()
         writer.writerows(history)
+        self._check_still_there()
         write_text(self.history, text.getvalue())
-        with replacing(self.curves) as temporary:
+        with self.replacing(self.curves) as temporary:
             draw_curves({self.path.name: history}).savefig(temporary, dpi=120)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.checkpoint.exists() or self.previous_checkpoint.exists()
+
     def save_checkpoint(self, model: Any, reached: Progress) -> None:
-        """Writes everything that training goes on from, in one file."""
-        arrays = {
-            name: keras.ops.convert_to_numpy(variable)
+        """Writes everything that training goes on from, in one file.
+
+        It is read back before it takes the place of the one before, which
+        is kept beside it.
+
+        Raises:
+            WriteError: If the system refuses, or the file is not what was
+                written. Then the checkpoint before is still there.
+        """
+        arrays: dict[str, Any] = {
+            name: np.asarray(keras.ops.convert_to_numpy(variable))
             for name, variable in _state_of(model).items()
         }
-        about = {"schema": CHECKPOINT_SCHEMA, **asdict(reached)}
-        with replacing(self.checkpoint) as temporary:
-            np.savez(temporary, about=json.dumps(about), **arrays)
+        about = {
+            "schema": CHECKPOINT_SCHEMA,
+            "backend": keras.config.backend(),
+            **asdict(reached),
+        }
+        text = json.dumps(about | {"sha256": _sha256(about, arrays)})
+        with self.replacing(self.checkpoint) as temporary:
+            np.savez(temporary, about=text, **arrays)
+            try:
+                _read_npz(temporary)
+            except (ValueError, zipfile.BadZipFile) as error:
+                raise WriteError(
+                    f"{self.checkpoint} must read as it was written; it does "
+                    f"not ({error}). The one before is kept. Look at the disk."
+                ) from error
+            if self.checkpoint.exists():
+                self.checkpoint.replace(self.previous_checkpoint)
 
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.
 
+        Where the last checkpoint is damaged the one before is taken, and a
+        warning says so.
+
         Raises:
-            UserError: If the file is missing, broken or of another model.
+            UserError: If there is none, both are damaged, or what there is
+                is the state of another model.
         """
-        path = self.checkpoint
-        about, arrays = read_or_explain(path, lambda: _read_npz(path))
+        last, previous = self.checkpoint, self.previous_checkpoint
         state = _state_of(model)
-        shapes = {name: tuple(v.shape) for name, v in state.items()}
-        found = {name: array.shape for name, array in arrays.items()}
-        if shapes != found:
-            differing = sorted(
-                name
-                for name in shapes.keys() | found.keys()
-                if shapes.get(name) != found.get(name)
-            )
-            raise UserError(
-                f"{path} must hold the state of this model; it differs in "
-                f"{', '.join(differing[:3])}. Resume with the settings that "
-                "the run was started with."
+        if not last.exists() and previous.exists():
+            last = previous  # the process was ended between two renames
+        try:
+            about, arrays = _read_checkpoint(last, state)
+        except _DamagedError as error:
+            if last == previous or not previous.exists():
+                raise
+            about, arrays = _read_checkpoint(previous, state)
+            damaged = last.with_name("damaged.npz")
+            last.replace(damaged)
+            flush_folder(last.parent)
+            logger.warning(
+                "%s It is now %s; going on from the checkpoint before it.",
+                error,
+                damaged,
             )
         for name, variable in state.items():
             variable.assign(arrays[name])
-        return Progress(**about)
+        backend = keras.config.backend()
+        if about["backend"] != backend:
+            logger.warning(
+                "The run goes on with %s from a checkpoint of %s: the same "
+                "to rounding, not bit for bit.",
+                backend,
+                about["backend"],
+            )
+        return Progress(
+            about["history"], about["num_batches"], about["seconds"]
+        )
 
 
 def draw_curves(histories: dict[str, History]) -> Figure:
@@ -195,11 +326,102 @@ def _state_of(model: Any) -> dict[str, Any]:
     }
 
 
+class _DamagedError(UserError):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+def _read_checkpoint(
+    path: Path, state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what is the state of this model, or says why it is not."""
+    try:
+        about, arrays = read_or_explain(path, lambda: _read_npz(path))
+    except UserError as error:
+        raise _DamagedError(str(error)) from error
+    needed, found = (
+        {name: _shape_and_kind(array) for name, array in values.items()}
+        for values in (state, arrays)
+    )
+    if needed != found:
+        differing = sorted(
+            name
+            for name in needed.keys() | found.keys()
+            if needed.get(name) != found.get(name)
+        )
+        raise UserError(
+            f"{path} must hold the state of this model; it differs in "
+            f"{', '.join(differing[:3])}. Resume with the settings that "
+            "the run was started with."
+        )
+    return about, arrays
+
+
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads arrays only after their headers were found possible.
+
+    A header may claim any size, for which NumPy would take the memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            _check_header(archive, member)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
         arrays = {name: npz[name] for name in npz.files}
-    about = json.loads(str(arrays.pop("about")))
-    schema = about.pop("schema", None)
-    if schema != CHECKPOINT_SCHEMA:
-        raise ValueError(f"its schema is {schema!r}")
+    about = _check_about(json.loads(str(arrays.pop("about"))))
+    sha256 = about.pop("sha256")
+    if sha256 != _sha256(about, arrays):
+        raise ValueError("its checksum is not that of its content")
     return about, arrays
+
+
+def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuses an array that is larger than the file has it."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename!r} is compressed")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename!r} is no array of version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename!r} claims too large an array")
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """What backends agree upon: their seeds are not all of one width."""
+    return "i" if dtype.kind in "iu" else dtype.kind
+
+
+def _shape_and_kind(variable: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(variable.shape), _kind(np.dtype(variable.dtype))
+
+
+def _check_about(about: Any) -> dict[str, Any]:
+    """What stands beside the arrays, each of the kind that it must be."""
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if schema != CHECKPOINT_SCHEMA:
+        raise ValueError(f"its schema is {schema!r}, not {CHECKPOINT_SCHEMA!r}")
+    kinds = {
+        "backend": str,
+        "sha256": str,
+        "history": list,
+        "num_batches": int,
+        "seconds": float,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(about.get(name), kind):
+            raise ValueError(f"its {name!r} is no {kind.__name__}")
+    if about["num_batches"] < 0:
+        raise ValueError("its 'num_batches' is below 0")
+    for row in about["history"]:
+        numbers = row.values() if isinstance(row, dict) else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its history has a row that is not of numbers")
+    return dict(about)
+
+
+def _sha256(about: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

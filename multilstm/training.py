@@ -33,7 +33,8 @@ from multilstm.dataset import (
 )
 from multilstm.errors import UserError
 from multilstm.evaluation import STATE, TOKENS, Evaluator
-from multilstm.files import finite_or_none, read_json, replacing, write_json
+from multilstm.failures import explaining_failures
+from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import device_name, last_kernel, sync_variables
 from multilstm.presets import Preset, find_preset
@@ -61,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "patience": None,
     "until_perplexity": None,
+    "checkpoint_minutes": 10.0,
     "max_vocabulary": None,
     "unknown": "error",
 }
@@ -69,14 +71,22 @@ DEFAULTS: dict[str, Any] = {
 Precision = Literal["float32", "mixed_bfloat16"]
 
 # What may change when a run goes on.
-_CHANGEABLE = ("epochs", "patience", "until_perplexity", "learning_rate")
-
-# Within an epoch, so that a crash costs no more than this.
-_SECONDS_BETWEEN_CHECKPOINTS = 300
+_CHANGEABLE = (
+    *("epochs", "patience", "until_perplexity", "learning_rate"),
+    "checkpoint_minutes",
+)
 
 
 class DivergedError(UserError):
-    """The loss is no number any more."""
+    """The loss is no number any more.
+
+    Attributes:
+        learning_rate: The one that was too high, as settings have it.
+    """
+
+    def __init__(self, message: str, learning_rate: float) -> None:
+        super().__init__(message)
+        self.learning_rate = learning_rate
 
 
 def train(
@@ -98,6 +108,8 @@ def train(
     seed: int | None = None,
     patience: int | None = None,
     until_perplexity: float | None = None,
+    checkpoint_minutes: float | None = None,
+    retries: int = 0,
     max_vocabulary: int | None = None,
     unknown: UnknownWords | None = None,
     data_folder: str | Path | None = None,
@@ -134,12 +146,18 @@ def train(
             perplexity. Default: never.
         until_perplexity: Stop after the first epoch with a validation
             perplexity of this or less. Default: never.
+        checkpoint_minutes: Between checkpoints within an epoch, so that a
+            crash costs no more than this; 0 for one after each batch, or
+            group of batches. Default: 10.
+        retries: How often a run whose loss is no number any more goes back
+            to its last checkpoint and on at half the learning rate.
         max_vocabulary: Keep the most frequent words only; see `load_corpus`.
         unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
         resume: Go on from the checkpoint in `out`, with the settings of its
-            `config.json`; only `epochs`, `patience`, `until_perplexity` and
-            `learning_rate` may change. Without a run there, start one.
+            `config.json`; only `epochs`, `patience`, `until_perplexity`,
+            `learning_rate` and `checkpoint_minutes` may change. Without a
+            run there, start one.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -148,9 +166,10 @@ def train(
         `tokens_per_second` and `status` (`"finished"` or `"interrupted"`).
 
     Raises:
-        UserError: For bad settings, a folder that holds another run, or a
-            loss that is no number, after which the last good checkpoint is
-            still there.
+        UserError: For bad settings, a folder that holds another run or in
+            which another process trains, a file that cannot be written,
+            memory that is too small, a device that fails, or a loss that is
+            no number: the last good checkpoint is still there.
     """
     given = {
         "preset": preset,
@@ -169,11 +188,44 @@ def train(
         "seed": seed,
         "patience": patience,
         "until_perplexity": until_perplexity,
+        "checkpoint_minutes": checkpoint_minutes,
         "max_vocabulary": max_vocabulary,
         "unknown": unknown,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if retries < 0:
+        raise UserError(f"`retries` must be at least 0; received {retries}.")
     folder = RunFolder(out or _default_folder(given))
+    with folder.held(), explaining_failures():
+        while True:
+            try:
+                return _train(
+                    folder,
+                    given,
+                    data_folder=data_folder,
+                    resume=resume,
+                    progress=progress,
+                )
+            except DivergedError as error:
+                if not retries:
+                    raise
+                retries -= 1
+                resume = True
+                given["learning_rate"] = error.learning_rate / 2
+                logger.warning(
+                    "%s This is done now, at %g.", error, given["learning_rate"]
+                )
+
+
+def _train(
+    folder: RunFolder,
+    given: dict[str, Any],
+    *,
+    data_folder: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Trains in a folder that is held, from its beginning or checkpoint."""
     resuming = resume and folder.config.exists()
     if resuming:
         settings, preset_used = _settings_to_resume(folder, given)
@@ -185,7 +237,7 @@ def train(
     _check_splits(data)
     train_ids = data.train[: settings["train_tokens"]]
     batches = _cut(plan, train_ids, settings["seed"], 0)
-    has_checkpoint = resuming and folder.checkpoint.exists()
+    has_checkpoint = resuming and folder.has_checkpoint
     model = _build(plan, data, settings, afresh=not has_checkpoint)
     config = settings | {
         "model": model.settings,
@@ -211,6 +263,7 @@ def train(
         plan=plan,
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
+        checkpoint_minutes=settings["checkpoint_minutes"],
     )
     if settings["starts_from"] is not None and not has_checkpoint:
         keeper.keep_start(model)
@@ -411,10 +464,15 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         "seed": 0,
     }
     for name, least in needed.items():
-        if settings[name] is not None and settings[name] < least:
+        if settings[name] is not None and not settings[name] >= least:
             raise UserError(
                 f"`{name}` must be at least {least}; received {settings[name]}."
             )
+    minutes = settings["checkpoint_minutes"]
+    if not minutes >= 0:
+        raise UserError(
+            f"`checkpoint_minutes` must be 0 or more; received {minutes}."
+        )
     rate = settings["learning_rate"]
     if rate is not None and not 0 < rate < math.inf:
         raise UserError(f"`learning_rate` must be above 0; received {rate}.")
@@ -561,6 +619,7 @@ class _Keeper(keras.callbacks.Callback):
         plan: Preset,
         patience: int | None,
         until_perplexity: float | None,
+        checkpoint_minutes: float,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -575,6 +634,7 @@ class _Keeper(keras.callbacks.Callback):
         self.tokens_per_step = 0.0
         self.patience = patience
         self.until_perplexity = until_perplexity
+        self.checkpoint_seconds = 60 * checkpoint_minutes
         self.asked_to_stop = False
         self.start_perplexity = folder.read_config().get(
             "start_valid_perplexity", math.inf
@@ -633,7 +693,7 @@ class _Keeper(keras.callbacks.Callback):
             self.model.stop_training = True
         elif self.num_batches == self.steps_per_epoch:
             return  # the checkpoint of the whole epoch is about to be made
-        elif time.perf_counter() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS:
+        elif time.perf_counter() - self._saved >= self.checkpoint_seconds:
             sync_variables(self.model)
             self._save_checkpoint()
 
@@ -695,7 +755,7 @@ class _Keeper(keras.callbacks.Callback):
     def _save_best(self) -> None:
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
-        with replacing(self.folder.best_weights) as temporary:
+        with self.folder.replacing(self.folder.best_weights) as temporary:
             _copy(self.model).save_weights(temporary, overwrite=True)
 
     def _evaluate(self) -> float:
@@ -728,7 +788,8 @@ class _Keeper(keras.callbacks.Callback):
             f"The loss must stay a finite number; it became {value} in epoch "
             f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
             f"rate (--learning-rate, {self.plan.learning_rate:g} here), also "
-            "for a run that goes on with --resume."
+            "for a run that goes on with --resume.",
+            self.plan.learning_rate,
         )
 
 
@@ -812,22 +873,29 @@ class _Rest(keras.utils.PyDataset):
 
 @contextmanager
 def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
-    """Ctrl-C ends training after the batch in hand; a second one at once."""
+    """Ctrl-C or SIGTERM ends training after the batch in hand.
+
+    A checkpoint is made then. A second one ends it at once.
+    """
+    before: dict[int, Any] = {}
 
     def stop(number: int, frame: Any) -> None:
-        logger.warning("Stopping after this batch; Ctrl-C again: at once")
+        again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        logger.warning("Stopping after this batch; %s again: at once", again)
         keeper.asked_to_stop = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
 
     try:
-        before = signal.signal(signal.SIGINT, stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread, where alone it can be set
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 # After training ------------------------------------------------------------
