@@ -169,7 +169,33 @@ def test_a_missing_text_is_named(tmp_path):
         next(read_words(tmp_path / "novel.txt"))
 
 
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    link = tmp_path / "loop.txt"
+    link.symlink_to(link)
+    with pytest.raises(UserError, match="must be a file that can be read"):
+        next(read_words(link))
+
+
 # Folders
+
+
+def test_links_in_a_circle_are_no_corpus(tmp_path, write):
+    folder = tmp_path / "circle"
+    folder.symlink_to(folder)
+    with pytest.raises(UserError, match="which is no folder"):
+        load_corpus(folder)
+    folder = write()
+    (folder / "train.txt").unlink()
+    (folder / "train.txt").symlink_to(folder / "train.txt")
+    with pytest.raises(UserError, match=r"exactly one \*train\*\.txt"):
+        load_corpus(folder)
+
+
+def test_one_text_in_two_splits_is_told(write, caplog):
+    load_corpus(write(train=b"a b\n", valid=b"b a\n", test=b"b a\n"))
+    [message] = caplog.messages
+    assert "valid and test of" in message
+    assert "are the same text" in message
 
 
 def test_ids_of_a_folder_are_those_worked_by_hand(write):
@@ -446,12 +472,23 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        if not self.path.startswith("/moved/"):
+            super().do_GET()
+            return
+        port = self.server.server_port
+        file = self.path.removeprefix("/moved")
+        self.send_response(302)
+        self.send_header("Location", f"http://127.0.0.2:{port}/good{file}")
+        self.end_headers()
+
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
     """The address of a server on this machine, and a small treebank on it.
 
-    good/ has its files, changed/ has others of these names, missing/ none.
+    good/ has its files, changed/ has others of these names, missing/ none;
+    moved/ leads to good/ by an address that is not https.
     """
     for split, text in TEXTS.items():
         for mirror, content in (("good", text), ("changed", text + "more\n")):
@@ -463,7 +500,7 @@ def web(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("MULTILSTM_DATA", raising=False)
     handler = functools.partial(QuietHandler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -511,6 +548,28 @@ def test_a_server_that_is_not_there_is_a_mirror_that_fails(
         monkeypatch.setattr(corpus, "PTB_MIRRORS", (closed, *mirrors))
         data = load_corpus("ptb", data_folder=tmp_path / "data")
     assert ids_of(data) == IDS
+
+
+def test_a_server_that_sends_too_much_is_a_mirror_that_fails(
+    set_mirrors, tmp_path, monkeypatch
+):
+    set_mirrors("good")
+    monkeypatch.setattr(corpus, "_LARGEST_DOWNLOAD", 3)
+    with pytest.raises(UserError, match="it has over 3 bytes"):
+        load_corpus("ptb", data_folder=tmp_path / "data")
+    assert names_in(tmp_path / "data" / "ptb") == []
+
+
+def test_only_https_is_asked(tmp_path, web, monkeypatch):
+    """The first address is refused unasked, the second for where it leads."""
+    elsewhere = web.replace("127.0.0.1", "127.0.0.2") + "good/"
+    monkeypatch.setattr(corpus, "PTB_MIRRORS", (elsewhere,))
+    message = r"127\.0\.0\.2.* is not https"
+    with pytest.raises(UserError, match=message):
+        load_corpus("ptb", data_folder=tmp_path / "data")
+    monkeypatch.setattr(corpus, "PTB_MIRRORS", (f"{web}moved/",))
+    with pytest.raises(UserError, match=f"moved/: http://{message}"):
+        load_corpus("ptb", data_folder=tmp_path / "data")
 
 
 def test_where_every_mirror_fails_each_is_named(set_mirrors, tmp_path):

@@ -12,6 +12,7 @@ import signal
 import time
 from dataclasses import replace
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -904,6 +905,91 @@ def test_run_without_weights_is_told(train, tmp_path):
 
 def test_broken_weights_are_told(train, tmp_path):
     train(epochs=1)
-    RunFolder(tmp_path / "run").best_weights.write_bytes(b"no weights")
-    with pytest.raises(UserError, match="or is broken"):
-        load_run(tmp_path / "run")
+    best = RunFolder(tmp_path / "run").best_weights
+    content = best.read_bytes()
+    flipped = bytearray(content)
+    with h5py.File(best) as file:
+        weights = file["layers/projection/vars/0"][()]
+    flipped[content.index(weights.tobytes()) + 5] ^= 1
+    for broken, message in (
+        (b"no weights", "must hold the .* bytes of the model"),
+        (bytes(len(content)), "must be a file that can be read"),
+        (content[:-100], "must be a file that can be read"),
+        (bytes(flipped), "its checksum is not that of its content"),
+    ):
+        best.write_bytes(broken)
+        with pytest.raises(UserError, match=message):
+            load_run(tmp_path / "run")
+    best.write_bytes(content)
+    load_run(tmp_path / "run")
+
+
+@pytest.fixture
+def trained(train, tmp_path):
+    """The folder of a run of one epoch."""
+    train(epochs=1)
+    return RunFolder(tmp_path / "run")
+
+
+def relink(file, link):
+    """Puts something else in the place of a file's first array."""
+    names = []
+    file.visititems(
+        lambda name, item: (
+            names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+    )
+    shape = file[names[0]].shape
+    del file[names[0]]
+    link(file, names[0], shape)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda file, name, _: file.__setitem__(
+            name, h5py.ExternalLink("/etc/passwd", "/")
+        ),
+        lambda file, name, _: file.__setitem__(name, h5py.SoftLink("/layers")),
+        lambda file, name, shape: file.create_dataset(
+            name, shape, "f4", external=[("/etc/hostname", 0, 1 << 20)]
+        ),
+        lambda file, name, _: file.create_dataset(
+            name, (10**9,), "f4", compression="gzip", fillvalue=1.0
+        ),
+        lambda file, name, _: file.create_dataset(name, data="words"),
+    ],
+    ids=["external link", "soft link", "external data", "gigabytes", "text"],
+)
+def test_weights_that_lie_elsewhere_are_refused(link, trained):
+    """A file of a stranger's might read others, or have no end."""
+    with h5py.File(trained.best_weights, "r+") as file:
+        relink(file, link)
+    with pytest.raises(UserError, match=r"in it is (no plain|not of)"):
+        load_run(trained.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("units", 10**9, "bytes of the model"),
+        ("vocabulary_size", 10**9, "must be of a model of 9 words"),
+        ("embedding_dim", 10**9, "bytes of the model"),
+        ("units", "many", "must describe a run of this version"),
+        ("units", [[2]], "must describe a run of this version"),
+        ("units", None, "must describe a run of this version"),
+        ("units", [], "must have one layer or more"),
+        ("units", -1, "whole number from 1 on"),
+        ("units", 7, "must hold the weights of this run's model"),
+        ("output_dropout", "much", "must describe a run of this version"),
+        ("softmax", 3, "softmax"),
+        ("tomorrow", 3, "must describe a run of this version"),
+    ],
+)
+def test_config_that_says_otherwise_is_refused(name, value, message, trained):
+    """And takes no memory for what it claims."""
+    config = json.loads(trained.config.read_text())
+    config["model"][name] = value
+    trained.config.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        load_run(trained.path)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multilstm.errors import UserError
+from multilstm.failures import explaining_failures
 from multilstm.files import finite_or_none, write_json
 from multilstm.presets import find_preset
 from multilstm.selection import (
@@ -823,7 +824,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shape = _shape_of(options) if isinstance(options, Train) else None
             backend, reason = select_backend(options.backend, shape)
             console.print(f"backend: {backend} ({reason})")
-        record = COMMANDS[type(options)](options, console)
+        with explaining_failures():
+            record = COMMANDS[type(options)](options, console)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
@@ -876,10 +878,16 @@ def _print_words(console: Console, title: str, words: list[str]) -> None:
 
 
 def _plain(text: str) -> Any:
-    """Text that rich prints as it is: corpora hold brackets."""
+    """Text that rich prints as it is: corpora hold brackets.
+
+    Not what a terminal would take for a command, nor half a character: a
+    strange vocabulary may hold them.
+    """
     from rich.text import Text
 
-    return Text(text)
+    return Text(
+        "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def find_choice(
             choice = read_json(path, schema=CHOICE_SCHEMA)
         except (UserError, OSError):
             continue
-        if not choice.keys() >= _FIELDS:
+        if not _is_whole(choice):
             continue
         if (choice["device"], choice["dtype"]) == (device, dtype):
             found.append(choice)
@@ -89,6 +89,16 @@ def find_choice(
         return max(found, key=lambda choice: choice["made"])
     wanted = shape_class(shape)
     return min(found, key=lambda choice: _distance(choice, wanted))
+
+
+def _is_whole(choice: Mapping[str, Any]) -> bool:
+    if not choice.keys() >= _FIELDS:
+        return False
+    sizes = choice["shape_class"]
+    return isinstance(sizes, dict) and all(
+        isinstance(sizes.get(name), int) and sizes[name] > 0
+        for name in ("layers", "units", "batch", "length", "words")
+    )
 
 
 def _distance(choice: Mapping[str, Any], wanted: Mapping[str, int]) -> float:

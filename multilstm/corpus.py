@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import Any, TextIO, get_args
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
-from multilstm.files import cache_folder, read_or_explain
+from multilstm.files import cache_folder, read_or_explain, unreadable
 from multilstm.vocabulary import (
     END_OF_SENTENCE,
     UnknownWords,
@@ -58,6 +59,8 @@ PTB_MIRRORS = (
 )
 
 _CHUNK = 1 << 20  # characters read at once
+_LARGEST_DOWNLOAD = 8 << 20  # bytes; the largest file has 5.1 million
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 _LONGEST_WORD = 1 << 20  # characters; more is no text
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
@@ -195,18 +198,20 @@ class _TextFile:
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        def digest() -> str:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        sha256: str = read_or_explain(self.path, digest)
+        return sha256
 
     def batches(self) -> Iterator[list[str]]:
         """Lists of words, one list a chunk of the file."""
         try:
             with self.path.open(encoding="utf-8-sig") as file:
                 yield from _batches_of_words(file)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{self.path} is needed and does not exist."
-            ) from error
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.path} must be UTF-8 text; it has the byte "
@@ -270,7 +275,8 @@ def _find_texts(
         return source, _python_docs()
     if source == "ptb":
         return source, _find_ptb(data_folder)
-    return Path(source).resolve().name, _folder_texts(Path(source))
+    # Not `resolve`, which fails where links lead in a circle.
+    return Path(os.path.realpath(source)).name, _folder_texts(Path(source))
 
 
 def _folder_texts(folder: Path) -> dict[str, _TextFile]:
@@ -348,6 +354,7 @@ def _find_ptb(data_folder: Path | str | None) -> dict[str, _TextFile]:
 
 def _download(name: str, sha256: str, folder: Path) -> None:
     import pooch
+    import requests
 
     pooch.get_logger().setLevel(logging.WARNING)
     reasons = []
@@ -358,10 +365,10 @@ def _download(name: str, sha256: str, folder: Path) -> None:
                 known_hash=f"sha256:{sha256}",
                 fname=name,
                 path=folder,
-                downloader=pooch.HTTPDownloader(timeout=30),
+                downloader=_fetch,
             )
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, requests.RequestException) as error:
             reasons.append(f"{mirror}: {error}")
             logger.warning("Download of %s failed from %s", name, mirror)
     raise UserError(
@@ -369,6 +376,36 @@ def _download(name: str, sha256: str, folder: Path) -> None:
         f"({'; '.join(reasons)}). Put the file into {folder}, or name the "
         "folder above it with --data or MULTILSTM_DATA."
     )
+
+
+def _fetch(url: str, output_file: str, _: Any) -> None:
+    """Writes what an address gives to a file, for `pooch`.
+
+    It must come by https all the way, or from this machine, and stay small:
+    the checksum is looked at only when all of it is on the disk.
+    """
+    import requests
+
+    _check_secure(url)
+    with (
+        requests.get(url, stream=True, timeout=30) as response,
+        Path(output_file).open("wb") as file,
+    ):
+        for hop in (*response.history, response):
+            _check_secure(hop.url)
+        response.raise_for_status()
+        size = 0
+        for part in response.iter_content(1 << 16):
+            size += len(part)
+            if size > _LARGEST_DOWNLOAD:
+                raise ValueError(f"it has over {_LARGEST_DOWNLOAD:,} bytes")
+            file.write(part)
+
+
+def _check_secure(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and parts.hostname not in _THIS_MACHINE:
+        raise ValueError(f"{url} is not https")
 
 
 # Encoding and the cache ----------------------------------------------------
@@ -385,6 +422,13 @@ def _load_encoded(
     unknown: UnknownWords,
 ) -> Corpus:
     sha256 = {split: text.sha256 for split, text in texts.items()}
+    if len(set(sha256.values())) < len(sha256):
+        same = [s for s in SPLITS if list(sha256.values()).count(sha256[s]) > 1]
+        logger.warning(
+            "%s of %s are the same text: figures say nothing of new text.",
+            " and ".join(same),
+            name,
+        )
     options = (SCHEMA, sha256, min_count, max_vocabulary, unknown)
     key = hashlib.sha256(repr(options).encode()).hexdigest()[:32]
     folder = cache_folder() / "encoded" / key

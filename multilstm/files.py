@@ -124,11 +124,8 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
     """Calls `read`; a missing or broken file becomes a `UserError`."""
     try:
         return read()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is needed and does not exist.") from error
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{path} cannot be read: {reason}.") from error
+        raise unreadable(path, error) from error
     except (
         *(ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error),
         RuntimeError,  # of JSON nested too deep, of an encrypted npz
@@ -136,6 +133,17 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
         raise UserError(
             f"{path} cannot be read, it is broken or of another kind: {error}"
         ) from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say where the system does not let a file be read."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} is needed and does not exist.")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return UserError(
+        f"{path} must be a file that can be read; the system says: {reason}. "
+        "Look at its permissions and where it leads."
+    )
 
 
 def cache_folder() -> Path:

@@ -177,6 +177,8 @@ class LanguageModel(keras.Model):
         if isinstance(units, int):
             units = [units] * num_layers
         units_of = list(units)
+        if not units_of:
+            raise UserError("`units` must have one layer or more; it has none.")
         embedding_dim = embedding_dim or units_of[-1]
         _check_settings(locals())
         self.settings: dict[str, Any] = {
@@ -609,15 +611,26 @@ class LanguageModel(keras.Model):
 
     def _flops(self, data: Any) -> int:
         """Floating-point operations of a training step, products alone."""
+        num_weights = self._kernel_sizes()
+        features = self.lstms[-1].units
+        num_weights += features * self.projection.words_per_target
+        # Forward a product and a sum, back twice that.
+        num_tokens: int = data.batch_size * data.sequence_length
+        return 6 * num_weights * num_tokens
+
+    def _kernel_sizes(self) -> int:
+        """How many weights all LSTMs multiply with."""
         num_weights = 0
         features: int = self.settings["embedding_dim"]
         for layer in self.lstms:
             num_weights += (features + layer.units) * 4 * layer.units
             features = layer.units
-        num_weights += features * self.projection.words_per_target
-        # Forward a product and a sum, back twice that.
-        num_tokens: int = data.batch_size * data.sequence_length
-        return 6 * num_weights * num_tokens
+        return num_weights
+
+    def least_num_weights(self) -> int:
+        """What embeddings and kernels alone have, before they are built."""
+        words: int = self.vocabulary_size * self.settings["embedding_dim"]
+        return words + self._kernel_sizes()
 
     def _prepare_carry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -70,6 +70,13 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 f"{schema!r}. Results of several versions are not mixed: "
                 "measure again."
             )
+        try:
+            html_page([content])
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} must hold a whole result of {schema!r}; it does not "
+                f"({error!r}). Give the file as it was written."
+            ) from error
         results.append(content)
     return results
 

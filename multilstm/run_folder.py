@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import h5py
 import keras
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,6 +52,8 @@ from multilstm.vocabulary import Vocabulary
 CONFIG_SCHEMA = "multilstm-run-1"
 CHECKPOINT_SCHEMA = "multilstm-checkpoint-2"
 RESULT_SCHEMA = "multilstm-result-1"
+
+_CHECKSUM = "multilstm_sha256"  # an attribute of the file of weights
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +249,40 @@ class RunFolder:
             if self.checkpoint.exists():
                 self.checkpoint.replace(self.previous_checkpoint)
 
+    def save_best_weights(self, model: Any) -> None:
+        """Writes a model's weights, as Keras does, with their checksum."""
+        with self.replacing(self.best_weights) as temporary:
+            model.save_weights(temporary, overwrite=True)
+            with h5py.File(temporary, "r+") as file:
+                file.attrs[_CHECKSUM] = _sha256_of_h5(file)
+
+    def load_best_weights(self, model: Any) -> None:
+        """Reads what `save_best_weights` wrote, into a model that is built.
+
+        Raises:
+            UserError: If the file is broken, links to others, or holds other
+                weights than this model has.
+        """
+        path = self.best_weights
+
+        def check() -> None:
+            with h5py.File(path) as file:
+                sha256 = file.attrs.get(_CHECKSUM)
+                if sha256 is None:
+                    raise ValueError("it has no checksum")
+                if sha256 != _sha256_of_h5(file):
+                    raise ValueError("its checksum is not that of its content")
+
+        read_or_explain(path, check)
+        try:
+            model.load_weights(path)
+        except (OSError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), repr(error))
+            raise UserError(
+                f"{path} must hold the weights of this run's model; it holds "
+                f"others: {reason} Both must come from one run."
+            ) from error
+
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.
 
@@ -424,4 +461,35 @@ def _sha256(about: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _sha256_of_h5(file: h5py.File) -> str:
+    """The checksum of all arrays of a file, with their names and shapes.
+
+    Only what lies in the file itself is read: no link, no array that is kept
+    elsewhere or made from others.
+    """
+    digest = hashlib.sha256()
+
+    def add(group: h5py.Group) -> None:
+        for name in sorted(group):
+            link = group.get(name, getlink=True)
+            item = group[name] if isinstance(link, h5py.HardLink) else None
+            if isinstance(item, h5py.Group):
+                add(item)
+                continue
+            if (
+                not isinstance(item, h5py.Dataset)
+                or item.external
+                or item.is_virtual
+                or item.chunks is not None
+            ):
+                raise ValueError(f"{name!r} in it is no plain array")
+            if item.dtype.kind not in "fiub":
+                raise ValueError(f"{name!r} in it is not of numbers")
+            digest.update(f"{item.name} {item.dtype.str} {item.shape}".encode())
+            digest.update(np.ascontiguousarray(item[()]).data)
+
+    add(file)
     return digest.hexdigest()

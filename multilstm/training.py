@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
 import platform
 import signal
 import sys
@@ -180,7 +181,7 @@ def train(
         "learning_rate": learning_rate,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "precision": precision,
-        "starts_from": starts_from and str(Path(starts_from).resolve()),
+        "starts_from": starts_from and os.path.realpath(starts_from),
         "train_tokens": train_tokens,
         "softmax": softmax,
         "cutoffs": None if cutoffs is None else list(cutoffs),
@@ -196,7 +197,7 @@ def train(
     if retries < 0:
         raise UserError(f"`retries` must be at least 0; received {retries}.")
     folder = RunFolder(out or _default_folder(given))
-    with folder.held(), explaining_failures():
+    with explaining_failures():
         while True:
             try:
                 return _train(
@@ -225,7 +226,7 @@ def _train(
     resume: bool,
     progress: bool,
 ) -> dict[str, Any]:
-    """Trains in a folder that is held, from its beginning or checkpoint."""
+    """Trains from the beginning or from where the run of a folder is."""
     resuming = resume and folder.config.exists()
     if resuming:
         settings, preset_used = _settings_to_resume(folder, given)
@@ -235,6 +236,28 @@ def _train(
     plan = _plan(settings, preset_used)
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
+    _cut(plan, data.train[: settings["train_tokens"]], 0, 0)  # if it can be
+    with folder.held():
+        return _train_held(
+            folder,
+            settings,
+            plan,
+            data,
+            resuming=resuming,
+            progress=progress,
+        )
+
+
+def _train_held(
+    folder: RunFolder,
+    settings: dict[str, Any],
+    plan: Preset,
+    data: Corpus,
+    *,
+    resuming: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """What no other process may do in this folder at the same time."""
     train_ids = data.train[: settings["train_tokens"]]
     batches = _cut(plan, train_ids, settings["seed"], 0)
     has_checkpoint = resuming and folder.has_checkpoint
@@ -310,19 +333,40 @@ def load_run(
             "was completed. Train it on with --resume."
         )
     vocabulary = Vocabulary.load(folder.vocabulary)
-    try:
-        model = LanguageModel(**config["model"] | {"carry_state": False})
-    except (KeyError, TypeError, ValueError) as error:
-        raise _other_version(folder, error) from error
-    model.build((None, None))
-    try:
-        model.load_weights(folder.best_weights)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder.best_weights} does not hold the weights of this run's "
-            f"model, or is broken: {error}"
-        ) from error
+    with explaining_failures():
+        try:
+            model = LanguageModel(**config["model"] | {"carry_state": False})
+            _check_fits(model, vocabulary, folder)
+            model.build((None, None))
+        except UserError:
+            raise
+        except (
+            *(AttributeError, KeyError, IndexError, OverflowError),
+            *(TypeError, ValueError),
+        ) as error:
+            raise _other_version(folder, error) from error
+        folder.load_best_weights(model)
     return model, vocabulary, config
+
+
+def _check_fits(
+    model: LanguageModel, vocabulary: Vocabulary, folder: RunFolder
+) -> None:
+    """Before memory is taken for what files of strangers may ask for."""
+    if model.vocabulary_size != len(vocabulary):
+        raise UserError(
+            f"{folder.config} must be of a model of {len(vocabulary)} words, "
+            f"as {folder.vocabulary.name} has; it is of "
+            f"{model.vocabulary_size}. Both must come from one run."
+        )
+    needed = 4 * model.least_num_weights()  # at the very least
+    found = folder.best_weights.stat().st_size
+    if needed > found:
+        raise UserError(
+            f"{folder.best_weights} must hold the {needed:,} bytes of the "
+            f"model of {folder.config.name}; it has {found:,}. Both must come "
+            "from one run."
+        )
 
 
 def load_run_corpus(
@@ -403,7 +447,7 @@ def _load_corpus(
 def _corpus_name(corpus: str | Path | None) -> str | None:
     if corpus is None or corpus in NAMES:
         return None if corpus is None else str(corpus)
-    return str(Path(corpus).resolve())
+    return os.path.realpath(corpus)
 
 
 def _default_folder(given: dict[str, Any]) -> Path:
@@ -755,8 +799,7 @@ class _Keeper(keras.callbacks.Callback):
     def _save_best(self) -> None:
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
-        with self.folder.replacing(self.folder.best_weights) as temporary:
-            _copy(self.model).save_weights(temporary, overwrite=True)
+        self.folder.save_best_weights(_copy(self.model))
 
     def _evaluate(self) -> float:
         reader = self.evaluator.model

@@ -198,6 +198,8 @@ class Vocabulary:
                 f"{path} must hold a list of words under 'words'; it holds "
                 f"{type(words).__name__}. Write it with Vocabulary.save."
             )
+        # JSON may name half a character, which no text file can hold.
+        read_or_explain(path, lambda: "".join(words).encode())
         # Names the file where its words are none or repeat.
         vocabulary: Vocabulary = read_or_explain(path, lambda: cls(words))
         return vocabulary
