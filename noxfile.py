@@ -5,6 +5,7 @@ nox -s train-jax       trains; what follows -- goes to `multilstm train`
 nox -s bench           times a training step on all three, in turns
 nox -s compare         the same preset from the same weights on all three
 nox -s test-faults     kills runs at random moments, over and over
+nox -s fuzz            feeds broken files to what reads them
 nox -s coverage        the tests, and what they covered on all three together
 """
 
@@ -114,6 +115,15 @@ def test_faults(session: nox.Session) -> None:
             "No test environment is there. Make one with, for instance: "
             "nox -s test-torch --install-only"
         )
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feeds broken files to what reads them, for ten minutes."""
+    install_backend(session, "torch", group="fuzz")
+    script = Path("backends_test/fuzz_readers.py").absolute()
+    with session.chdir(session.create_tmp()):  # where crashes are written
+        session.run("python", str(script), *session.posargs)
 
 
 @nox.session(requires=[f"test-{backend}" for backend in BACKENDS])

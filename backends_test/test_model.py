@@ -894,3 +894,24 @@ def test_mixed_bfloat16_trains_as_float32_does(rng):
     full, mixed = np.array(losses)
     assert full[-1] < full[0] - 0.3
     np.testing.assert_allclose(mixed, full, rtol=0.02)
+
+
+def test_large_text_stays_where_it_is(rng, monkeypatch):
+    """Batches are then slices of it; the numbers are the same."""
+    ids = rng.integers(11, size=400).astype(np.int32)
+    streams = ContinuousStreams(ids, 5, 4, drop_remainder=True)
+
+    def train(most):
+        monkeypatch.setattr(model_module, "_MOST_TOKENS_ON_DEVICE", most)
+        model = LanguageModel(11, units=6, carry_state=True, output_dropout=0.2)
+        model.compile("sgd")
+        history = model.fit(streams, epochs=2, verbose=0).history
+        assert (model._text_of is None) == (most < 400)
+        return history["perplexity"], model.get_weights()
+
+    perplexities, weights = train(399)
+    expected, expected_weights = train(400)
+    # float32, in two compilations of the same step.
+    np.testing.assert_allclose(perplexities, expected, rtol=1e-5)
+    for weight, truth in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(weight, truth, rtol=1e-4, atol=1e-6)

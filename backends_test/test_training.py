@@ -993,3 +993,51 @@ def test_config_that_says_otherwise_is_refused(name, value, message, trained):
     trained.config.write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         load_run(trained.path)
+
+
+def places_in(content, *path):
+    """The path of every value in JSON."""
+    for key, value in content.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places_in(value, *path, key)
+
+
+STRANGE = (
+    None,
+    -1,
+    0,
+    10**30,
+    1e308,
+    math.nan,
+    True,
+    "",
+    "x\ud800",
+    [],
+    [[1]],
+    {},
+)
+
+
+def test_no_config_gives_more_than_a_line(trained):
+    """One value in it is another: it is read as it is, or refused."""
+    config = json.loads(trained.config.read_text())
+    refused = 0
+    for *path, last in places_in(config):
+        for value in STRANGE:
+            changed = json.loads(json.dumps(config))
+            inner = changed
+            for key in path:
+                inner = inner[key]
+            inner[last] = value
+            trained.config.write_text(json.dumps(changed))
+            for read in (
+                lambda: load_run(trained.path),
+                lambda: training_module._read_plan(trained, {}),
+            ):
+                try:
+                    read()
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    refused += 1
+    assert refused > 100

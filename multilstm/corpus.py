@@ -94,14 +94,22 @@ class Corpus:
         ids: NDArray[np.int32] = getattr(self, name)
         return ids
 
+    def _counts(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """How often each word stands in a text, which may be on the disk."""
+        counts = np.zeros(len(self.vocabulary), np.int64)
+        for first in range(0, len(ids), _CHUNK):
+            part = ids[first : first + _CHUNK]
+            counts += np.bincount(part, minlength=len(counts))
+        return counts
+
     def unigram_perplexity(self, split: str = "test") -> float:
         """The perplexity of guessing by the words' frequency in train alone.
 
         The figure to beat: a model that learned only which words are common.
         """
-        size = len(self.vocabulary)
-        counts = np.bincount(self.train, minlength=size)
-        seen = np.bincount(self.split(split), minlength=size)
+        counts, seen = (
+            self._counts(ids) for ids in (self.train, self.split(split))
+        )
         used = seen > 0
         nats = -np.log(counts[used] / counts.sum()) @ seen[used]
         return float(np.exp(nats / seen.sum()))

@@ -398,7 +398,7 @@ class RowStarts(keras.utils.PyDataset):
         `(row_starts,)`: int32 array of shape `(batch_size,)`.
     """
 
-    is_sliced = True
+    is_small = True  # all batches may be held at once
 
     def __init__(self, batches: Any) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from multilstm.errors import UserError, WriteError
+
+# What json, zipfile, NumPy and h5py raise for content that is not theirs.
+_BROKEN = (
+    *(ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error),
+    RuntimeError,  # JSON nested too deep, an encrypted npz
+    *(SyntaxError, TypeError, OverflowError, tokenize.TokenError),  # headers
+)
 
 
 @contextmanager
@@ -126,12 +134,11 @@ def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except OSError as error:
         raise unreadable(path, error) from error
-    except (
-        *(ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error),
-        RuntimeError,  # of JSON nested too deep, of an encrypted npz
-    ) as error:
+    except _BROKEN as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read, it is broken or of another kind: {error}"
+            f"{path} cannot be read, it is broken or of another kind: "
+            f"{reason[:300]}"
         ) from error
 
 

@@ -41,6 +41,9 @@ from multilstm.projection import choose_softmax, make_projection
 
 Initialization = Literal["uniform", "torch", "torch_normal"]
 
+# A text that is larger is left on the disk, where `load_corpus` has it.
+_MOST_TOKENS_ON_DEVICE = 1 << 24  # 64 MiB
+
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class Perplexity(keras.metrics.Metric):
@@ -550,11 +553,12 @@ class LanguageModel(keras.Model):
         """As `keras.Model.fit`; in order and reset where state is carried.
 
         Of a dataset of this package the text is put on the device once, and
-        a batch is told by where its rows begin. Several steps are started at
-        once where the backend gains by it, as many as `compile` was told or
-        as take about a second; one by one where a callback asks for every
-        batch. Callbacks then hear of the last step of a group, as with
-        Keras's `steps_per_execution`.
+        a batch is told by where its rows begin; a text of over 16 million
+        words stays where it is, and batches are read from there. Several
+        steps are started at once where the backend gains by it, as many as
+        `compile` was told or as take about a second; one by one where a
+        callback asks for every batch. Callbacks then hear of the last step of
+        a group, as with Keras's `steps_per_execution`.
         """
         if self.carry_state:
             kwargs.setdefault("shuffle", False)
@@ -590,7 +594,9 @@ class LanguageModel(keras.Model):
         chooses = is_sliced and self._asked_steps is None
         if chooses and not _needs_every_batch(callbacks):
             steps = steps_per_dispatch(self._flops(data))
-        if is_sliced and self.uses_own_loss and not self.needs_logits:
+        is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
+        slices = is_sliced and not is_large
+        if slices and self.uses_own_loss and not self.needs_logits:
             self._rows = (data.batch_size, data.sequence_length)
             if not self.built:
                 self.build(self._rows)
@@ -599,8 +605,9 @@ class LanguageModel(keras.Model):
                 self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
             data = feed(RowStarts(data), shuffle=shuffle)
-        elif varies:
-            self._usual_length = data.sequence_length
+        elif varies or (is_large and not shuffle):
+            if varies:
+                self._usual_length = data.sequence_length
             data = feed(data, shuffle=False)
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:

@@ -229,11 +229,10 @@ def _train(
     """Trains from the beginning or from where the run of a folder is."""
     resuming = resume and folder.config.exists()
     if resuming:
-        settings, preset_used = _settings_to_resume(folder, given)
+        settings, plan = _read_plan(folder, given)
     else:
         settings = DEFAULTS | given
-        preset_used = find_preset(settings["preset"])
-    plan = _plan(settings, preset_used)
+        plan = _plan(settings, find_preset(settings["preset"]))
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
     _cut(plan, data.train[: settings["train_tokens"]], 0, 0)  # if it can be
@@ -334,17 +333,10 @@ def load_run(
         )
     vocabulary = Vocabulary.load(folder.vocabulary)
     with explaining_failures():
-        try:
+        with _explaining_config(folder):
             model = LanguageModel(**config["model"] | {"carry_state": False})
             _check_fits(model, vocabulary, folder)
             model.build((None, None))
-        except UserError:
-            raise
-        except (
-            *(AttributeError, KeyError, IndexError, OverflowError),
-            *(TypeError, ValueError),
-        ) as error:
-            raise _other_version(folder, error) from error
         folder.load_best_weights(model)
     return model, vocabulary, config
 
@@ -462,10 +454,7 @@ def _settings_to_resume(
 ) -> tuple[dict[str, Any], Preset]:
     """The settings of a run, and the preset as it was when it began."""
     config = DEFAULTS | folder.read_config()
-    try:
-        preset = preset_of(config)
-    except (KeyError, TypeError) as error:
-        raise _other_version(folder, error) from error
+    preset = preset_of(config)
     settings = {name: config[name] for name in DEFAULTS}
     for name, value in given.items():
         if name in _CHANGEABLE:
@@ -488,11 +477,33 @@ def preset_of(config: dict[str, Any]) -> Preset:
     return Preset(**settings)
 
 
-def _other_version(folder: RunFolder, error: Exception) -> UserError:
-    return UserError(
-        f"{folder.config} must describe a run of this version of multilstm; "
-        f"it does not ({error}). Use the version that wrote it."
-    )
+def _read_plan(
+    folder: RunFolder, given: dict[str, Any]
+) -> tuple[dict[str, Any], Preset]:
+    """What a run that goes on was asked for before, and is now."""
+    with _explaining_config(folder):
+        settings, preset = _settings_to_resume(folder, given)
+        plan = _plan(settings, preset)
+        plan.architecture()
+    return settings, plan
+
+
+@contextmanager
+def _explaining_config(folder: RunFolder) -> Iterator[None]:
+    """What a config of another version, or of nobody's, may lead to."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        *(AttributeError, KeyError, IndexError, OverflowError),
+        *(TypeError, ValueError),
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder.config} must describe a run of this version of "
+            f"multilstm; it does not ({reason}). Use the version that wrote it."
+        ) from error
 
 
 def _plan(settings: dict[str, Any], preset: Preset) -> Preset:

@@ -362,8 +362,8 @@ def feed(dataset: Any, *, shuffle: bool) -> Any:
     """What `fit` takes for a dataset of small arrays; here itself.
 
     Args:
-        dataset: A `keras.utils.PyDataset`, `RowStarts` or one whose batches
-            differ in length, which is never shuffled.
+        dataset: A `keras.utils.PyDataset`: `RowStarts`, or one of ids, which
+            is never shuffled.
         shuffle: Whether the order of the batches is new in every epoch, where
             Keras does not see to that.
     """
