@@ -6,6 +6,7 @@ Arguments are read, the backend is chosen, and only then Keras is imported.
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from rich.table import Table
 from multilstm.errors import UserError
 from multilstm.failures import explaining_failures
 from multilstm.files import finite_or_none, write_json
+from multilstm.launch import launch, was_launched
 from multilstm.presets import find_preset
 from multilstm.selection import (
     compare,
@@ -108,6 +110,8 @@ class Train(OnBackend):
     retries: int = 0
     """How often a run whose loss is no number any more goes back to its last
     checkpoint and on at half the learning rate."""
+    devices: int | None = None
+    """How many GPUs, or parts of the CPU, share the rows of a batch."""
     max_vocabulary: int | None = None
     """Keep so many of the most frequent words; the others are <unk>."""
     unknown: UnknownWords | None = None
@@ -818,12 +822,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Word-level LSTM language models on any Keras backend.",
         args=arguments,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    is_first = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first)
+    if not is_first:
+        logging.disable(logging.WARNING)
     try:
         if isinstance(options, OnBackend):
             shape = _shape_of(options) if isinstance(options, Train) else None
             backend, reason = select_backend(options.backend, shape)
             console.print(f"backend: {backend} ({reason})")
+            count = options.devices if isinstance(options, Train) else None
+            if backend == "torch" and not was_launched() and (count or 1) > 1:
+                given = sys.argv[1:] if arguments is None else arguments
+                return launch(count or 1, [*given, "--backend", backend])
         with explaining_failures():
             record = COMMANDS[type(options)](options, console)
     except UserError as error:
@@ -832,7 +843,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    if options.json:
+    if options.json and is_first:
         print(json.dumps(finite_or_none(record), allow_nan=False))
     if record.get("status") == "interrupted":
         return _fail(

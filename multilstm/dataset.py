@@ -411,6 +411,57 @@ class RowStarts(keras.utils.PyDataset):
         return (self.batches.row_starts(index),)
 
 
+class PartOfRows(keras.utils.PyDataset):
+    """Some of the rows of every batch, for one of several devices.
+
+    Args:
+        batches: A dataset of this module.
+        part: Which part of the rows, counted from 0.
+        num_parts: Into how many, of which each has equally many rows.
+
+    Raises:
+        UserError: If the rows cannot be divided so.
+    """
+
+    def __init__(self, batches: Any, part: int, num_parts: int) -> None:
+        super().__init__()
+        self.batches = batches
+        self.batch_size = part_of_rows(batches.batch_size, num_parts)
+        self.rows = slice(part * self.batch_size, (part + 1) * self.batch_size)
+        self.sequence_length = batches.sequence_length
+        self.token_ids = batches.token_ids
+        self.is_sliced = batches.is_sliced
+        self.varies = getattr(batches, "varies", False)
+        if self.varies:
+            self.lengths = batches.lengths
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def row_starts(self, index: int) -> TokenIds:
+        """As that of the dataset."""
+        starts: TokenIds = self.batches.row_starts(index)[self.rows]
+        return starts
+
+    def __getitem__(self, index: int) -> tuple[NDArray[Any], ...]:
+        return tuple(array[self.rows] for array in self.batches[index])
+
+
+def part_of_rows(batch_size: int, num_parts: int) -> int:
+    """How many of a batch's rows each device has.
+
+    Raises:
+        UserError: If they cannot be divided equally.
+    """
+    if batch_size % num_parts:
+        raise UserError(
+            f"The rows of a batch must be equally many on {num_parts} devices; "
+            f"there are {batch_size}. Give a --batch-size that {num_parts} "
+            "divides."
+        )
+    return batch_size // num_parts
+
+
 def _read_only(token_ids: TokenIds) -> TokenIds:
     """Checks ids and returns a view that cannot be written through."""
     ids = np.asarray(token_ids)

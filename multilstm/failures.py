@@ -15,6 +15,9 @@ _NO_MEMORY = re.compile(
     r"|can't allocate memory|not enough memory|Unable to allocate",
     re.IGNORECASE,
 )
+_PROCESS_LOST = re.compile(
+    r"Connection closed by peer|Connection reset by peer|gloo|NCCL error"
+)
 _DEVICE_LOST = re.compile(
     r"CUDA_ERROR|CUDA error|CUDA driver error|GPU is lost|device.{0,20}lost"
     r"|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
@@ -68,5 +71,11 @@ def explain_failure(error: BaseException) -> UserError | None:
             "The last checkpoint, if there was one, is kept. Look at the "
             "driver (nvidia-smi, dmesg) and go on with --resume, in a new "
             "process."
+        )
+    if _PROCESS_LOST.search(str(error)):
+        return DeviceLostError(
+            f"All processes of a run must live; another one ended ({said}). Go "
+            "on from the last checkpoint with --resume, on any number of "
+            "devices."
         )
     return None

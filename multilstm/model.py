@@ -33,6 +33,9 @@ from multilstm.ops import (
     feed,
     fuse_optimizer,
     make_train_function,
+    rows_here,
+    scale_loss,
+    starts_singly,
     steps_per_dispatch,
 )
 from multilstm.optimizers import SGD, Adam
@@ -464,7 +467,7 @@ class LanguageModel(keras.Model):
             nats, tokens = _nats_and_tokens(y, y_pred, sample_weight)
         self.perplexity.add(nats, tokens)
         loss = nats / ops.maximum(tokens, 1.0)
-        return sum(self.losses, start=loss)
+        return scale_loss(sum(self.losses, start=loss))
 
     def train_step(self, *args: Any) -> Any:
         """As Keras's, its loss from features rather than logits."""
@@ -505,7 +508,8 @@ class LanguageModel(keras.Model):
         self, row_starts: Any, batch_size: int, length: int
     ) -> tuple[Any, Any]:
         """The batch whose rows begin there, from the text on the device."""
-        places = ops.reshape(row_starts, (batch_size, 1)) + ops.arange(
+        shape = (rows_here(batch_size), 1)
+        places = ops.reshape(row_starts, shape) + ops.arange(
             length + 1, dtype="int32"
         )
         windows = ops.take(self.text, places, axis=0)
@@ -592,7 +596,8 @@ class LanguageModel(keras.Model):
         if varies:
             _check_scales_rate(self.optimizer)
         chooses = is_sliced and self._asked_steps is None
-        if chooses and not _needs_every_batch(callbacks):
+        at_once = not (_needs_every_batch(callbacks) or starts_singly(self))
+        if chooses and at_once:
             steps = steps_per_dispatch(self._flops(data))
         is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
         slices = is_sliced and not is_large

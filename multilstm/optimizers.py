@@ -10,10 +10,16 @@ averaged SGD takes the mean of all weights since a certain step.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import keras
 from keras import ops
+
+from multilstm.ops import add_gradients
+
+# For each thread: TensorFlow traces the step of each device in one of its own.
+_rate_factor: ContextVar[Any] = ContextVar("rate_factor", default=None)
 
 
 class _Extras(keras.optimizers.Optimizer):
@@ -25,7 +31,6 @@ class _Extras(keras.optimizers.Optimizer):
         super().__init__(*args, **kwargs)
         self.l2 = l2
         self.averages = averages
-        self._rate_factor: Any = None
 
     def build(self, variables: list[Any]) -> None:
         """As Keras's, with a place for the averages."""
@@ -51,7 +56,9 @@ class _Extras(keras.optimizers.Optimizer):
     @property
     def has_averages(self) -> bool:
         """Whether there are averages, of one step or more."""
-        return self.averages and float(self.num_averaged) > 0
+        if not self.averages:
+            return False
+        return bool(ops.convert_to_numpy(self.num_averaged) > 0)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -77,16 +84,17 @@ class _Extras(keras.optimizers.Optimizer):
     @contextmanager
     def rate_times(self, factor: Any) -> Iterator[None]:
         """Takes the steps within at so many times the learning rate."""
-        before, self._rate_factor = self._rate_factor, factor
+        token = _rate_factor.set(factor)
         try:
             yield
         finally:
-            self._rate_factor = before
+            _rate_factor.reset(token)
 
     def _get_current_learning_rate(self) -> Any:
         rate = super()._get_current_learning_rate()
         # Untouched, it is a variable, which a schedule assigns to.
-        return rate if self._rate_factor is None else rate * self._rate_factor
+        factor = _rate_factor.get()
+        return rate if factor is None else rate * factor
 
     def update_step(
         self, gradient: Any, variable: Any, learning_rate: Any
@@ -97,8 +105,8 @@ class _Extras(keras.optimizers.Optimizer):
         super().update_step(gradient, variable, learning_rate)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """As Keras's; then what was reached is averaged."""
-        super().apply(grads, trainable_variables)
+        """As Keras's, of all devices; then what was reached is averaged."""
+        super().apply(add_gradients(self, list(grads)), trainable_variables)
         if not self.averages:
             return
         is_averaging = ops.convert_to_tensor(self.is_averaging)

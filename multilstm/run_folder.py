@@ -47,6 +47,7 @@ from multilstm.files import (
     write_json,
     write_text,
 )
+from multilstm.ops import Devices
 from multilstm.vocabulary import Vocabulary
 
 CONFIG_SCHEMA = "multilstm-run-1"
@@ -58,6 +59,7 @@ _CHECKSUM = "multilstm_sha256"  # an attribute of the file of weights
 logger = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
+_Kinds = dict[str, tuple[tuple[int, ...], str]]  # shape and kind by name
 
 
 @dataclass
@@ -78,8 +80,11 @@ class Progress:
 class RunFolder:
     """Paths, and reading and writing of what they hold."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self, path: Path | str, devices: Devices | None = None
+    ) -> None:
         self.path = Path(path)
+        self.devices = devices or Devices()
         self.config = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.json"
         self.history = self.path / "history.csv"
@@ -102,6 +107,9 @@ class RunFolder:
         Raises:
             UserError: If another process trains here. It is named.
         """
+        if self.devices.rank:  # the first process holds it for all
+            yield
+            return
         is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -172,6 +180,8 @@ class RunFolder:
                 f"{self.path} already holds a run. Continue it with --resume, "
                 "or choose another folder with --out."
             )
+        if self.devices.rank:
+            return
         vocabulary.save(self.vocabulary)
         write_json(self.config, {"schema": CONFIG_SCHEMA, **config})
 
@@ -184,7 +194,7 @@ class RunFolder:
         origin = ("model", "corpus_sha256", "initial_weights_sha256")
         after = before | config | {name: before[name] for name in origin}
         after = json.loads(json.dumps(after))  # tuples are lists in a file
-        if after != before:
+        if after != before and not self.devices.rank:
             write_json(self.config, after)
 
     def read_config(self) -> dict[str, Any]:
@@ -203,6 +213,8 @@ class RunFolder:
 
     def write_history(self, history: History) -> None:
         """Writes one CSV row an epoch, and the curves made from them."""
+        if self.devices.rank:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(history[0]))
         writer.writeheader()
@@ -227,10 +239,9 @@ class RunFolder:
             WriteError: If the system refuses, or the file is not what was
                 written. Then the checkpoint before is still there.
         """
-        arrays: dict[str, Any] = {
-            name: np.asarray(keras.ops.convert_to_numpy(variable))
-            for name, variable in _state_of(model).items()
-        }
+        arrays = self._read_state(model)
+        if self.devices.rank:
+            return
         about = {
             "schema": CHECKPOINT_SCHEMA,
             "backend": keras.config.backend(),
@@ -249,8 +260,44 @@ class RunFolder:
             if self.checkpoint.exists():
                 self.checkpoint.replace(self.previous_checkpoint)
 
+    def _needed(self, state: Mapping[str, Any]) -> _Kinds:
+        """What a checkpoint must hold: the rows of all devices."""
+        needed = {name: _shape_and_kind(v) for name, v in state.items()}
+        for name, variable in state.items():
+            if getattr(variable, "is_carried_state", False):
+                (rows, *rest), kind = needed[name]
+                needed[name] = (rows * self.devices.num_parts, *rest), kind
+        return needed
+
+    def _read_state(self, model: Any) -> dict[str, Any]:
+        """The state of all devices, as one would have it."""
+        arrays: dict[str, Any] = {}
+        for name, variable in _state_of(model).items():
+            if getattr(variable, "is_carried_state", False):
+                array = self.devices.all_rows(variable)
+            else:
+                array = keras.ops.convert_to_numpy(variable)
+            if name.startswith("metrics/") and self.devices.num_processes > 1:
+                array = self.devices.total(array).astype(np.float32)
+            arrays[name] = np.asarray(array)
+        return arrays
+
+    def _assign_state(
+        self, state: Mapping[str, Any], arrays: Mapping[str, Any]
+    ) -> None:
+        for name, variable in state.items():
+            array = arrays[name]
+            if getattr(variable, "is_carried_state", False):
+                self.devices.assign_rows(variable, array)
+                continue
+            if name.startswith("metrics/") and self.devices.rank:
+                array = np.zeros_like(array)  # the first has all of them
+            variable.assign(array)
+
     def save_best_weights(self, model: Any) -> None:
         """Writes a model's weights, as Keras does, with their checksum."""
+        if self.devices.rank:
+            return
         with self.replacing(self.best_weights) as temporary:
             model.save_weights(temporary, overwrite=True)
             with h5py.File(temporary, "r+") as file:
@@ -298,21 +345,21 @@ class RunFolder:
         if not last.exists() and previous.exists():
             last = previous  # the process was ended between two renames
         try:
-            about, arrays = _read_checkpoint(last, state)
+            about, arrays = _read_checkpoint(last, self._needed(state))
         except _DamagedError as error:
             if last == previous or not previous.exists():
                 raise
-            about, arrays = _read_checkpoint(previous, state)
+            about, arrays = _read_checkpoint(previous, self._needed(state))
             damaged = last.with_name("damaged.npz")
-            last.replace(damaged)
-            flush_folder(last.parent)
+            if not self.devices.rank:
+                last.replace(damaged)
+                flush_folder(last.parent)
             logger.warning(
                 "%s It is now %s; going on from the checkpoint before it.",
                 error,
                 damaged,
             )
-        for name, variable in state.items():
-            variable.assign(arrays[name])
+        self._assign_state(state, arrays)
         backend = keras.config.backend()
         if about["backend"] != backend:
             logger.warning(
@@ -368,17 +415,14 @@ class _DamagedError(UserError):
 
 
 def _read_checkpoint(
-    path: Path, state: Mapping[str, Any]
+    path: Path, needed: _Kinds
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads what is the state of this model, or says why it is not."""
     try:
         about, arrays = read_or_explain(path, lambda: _read_npz(path))
     except UserError as error:
         raise _DamagedError(str(error)) from error
-    needed, found = (
-        {name: _shape_and_kind(array) for name, array in values.items()}
-        for values in (state, arrays)
-    )
+    found = {name: _shape_and_kind(array) for name, array in arrays.items()}
     if needed != found:
         differing = sorted(
             name

@@ -31,13 +31,20 @@ from multilstm.dataset import (
     ContinuousStreams,
     NextWordWindows,
     VariableStreams,
+    part_of_rows,
 )
 from multilstm.errors import UserError
-from multilstm.evaluation import STATE, TOKENS, Evaluator
+from multilstm.evaluation import STATE, TOKENS, Evaluation, Evaluator
 from multilstm.failures import explaining_failures
 from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.model import LanguageModel, make_optimizer
-from multilstm.ops import device_name, last_kernel, sync_variables
+from multilstm.ops import (
+    Devices,
+    device_name,
+    last_kernel,
+    sync_variables,
+    use_devices,
+)
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
@@ -70,6 +77,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 Precision = Literal["float32", "mixed_bfloat16"]
+
+# Where a run has several processes, how often they agree whether to stop.
+_BATCHES_BETWEEN_TALKS = 10
 
 # What may change when a run goes on.
 _CHANGEABLE = (
@@ -111,6 +121,7 @@ def train(
     until_perplexity: float | None = None,
     checkpoint_minutes: float | None = None,
     retries: int = 0,
+    devices: int | None = None,
     max_vocabulary: int | None = None,
     unknown: UnknownWords | None = None,
     data_folder: str | Path | None = None,
@@ -152,6 +163,8 @@ def train(
             group of batches. Default: 10.
         retries: How often a run whose loss is no number any more goes back
             to its last checkpoint and on at half the learning rate.
+        devices: How many GPUs, or parts of a CPU, share the rows of a batch.
+            Default: one, or as many processes as `torchrun` has started.
         max_vocabulary: Keep the most frequent words only; see `load_corpus`.
         unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
@@ -196,7 +209,8 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     if retries < 0:
         raise UserError(f"`retries` must be at least 0; received {retries}.")
-    folder = RunFolder(out or _default_folder(given))
+    group = use_devices(devices)
+    folder = RunFolder(out or _default_folder(given), group)
     with explaining_failures():
         while True:
             try:
@@ -227,7 +241,8 @@ def _train(
     progress: bool,
 ) -> dict[str, Any]:
     """Trains from the beginning or from where the run of a folder is."""
-    resuming = resume and folder.config.exists()
+    exists = folder.devices.from_first(folder.config.exists())
+    resuming = resume and bool(exists)
     if resuming:
         settings, plan = _read_plan(folder, given)
     else:
@@ -236,6 +251,7 @@ def _train(
     data = _load_corpus(settings, data_folder)
     _check_splits(data)
     _cut(plan, data.train[: settings["train_tokens"]], 0, 0)  # if it can be
+    part_of_rows(plan.batch_size, folder.devices.count)
     with folder.held():
         return _train_held(
             folder,
@@ -259,8 +275,16 @@ def _train_held(
     """What no other process may do in this folder at the same time."""
     train_ids = data.train[: settings["train_tokens"]]
     batches = _cut(plan, train_ids, settings["seed"], 0)
+    devices = folder.devices
     has_checkpoint = resuming and folder.has_checkpoint
-    model = _build(plan, data, settings, afresh=not has_checkpoint)
+    with devices.building():
+        model = _build(
+            plan,
+            data,
+            settings,
+            rows=part_of_rows(plan.batch_size, devices.num_parts),
+            afresh=not has_checkpoint,
+        )
     config = settings | {
         "model": model.settings,
         "preset_settings": dataclasses.asdict(plan),
@@ -271,10 +295,13 @@ def _train_held(
     if resuming:
         _check_same_text(folder, data)
         if has_checkpoint:
-            begun = folder.load_checkpoint(model)
+            begun = _load_checkpoint(folder, model)
         folder.update_config(config)
     else:
         folder.create(config, data.vocabulary)
+        devices.total(0)  # the others wait for it
+    if not has_checkpoint:
+        _spread_seeds(model, devices)
     # Figures are float32's, in whichever precision a run trains.
     reader = model if model.dtype_policy.name == "float32" else _copy(model)
     keeper = _Keeper(
@@ -570,7 +597,12 @@ def _check_splits(data: Corpus) -> None:
 
 
 def _build(
-    plan: Preset, data: Corpus, settings: dict[str, Any], *, afresh: bool
+    plan: Preset,
+    data: Corpus,
+    settings: dict[str, Any],
+    *,
+    rows: int,
+    afresh: bool,
 ) -> LanguageModel:
     names = ("softmax", "cutoffs", "num_sampled", "seed")
     model = LanguageModel(
@@ -580,7 +612,7 @@ def _build(
         dtype=settings["precision"],
         **{name: settings[name] for name in names},
     )
-    model.build((plan.batch_size, plan.sequence_length))
+    model.build((rows, plan.sequence_length))
     if settings["starts_from"] is not None and afresh:
         _take_weights(model, settings["starts_from"], data)
     model.compile(make_optimizer(plan))
@@ -588,6 +620,19 @@ def _build(
     if plan.averaging == "always":
         model.optimizer.start_averaging()
     return model
+
+
+def _load_checkpoint(folder: RunFolder, model: LanguageModel) -> Progress:
+    reached = folder.load_checkpoint(model)
+    _spread_seeds(model, folder.devices)
+    return reached
+
+
+def _spread_seeds(model: LanguageModel, devices: Devices) -> None:
+    """Masks of rows differ on devices; those of weights and words do not."""
+    for dropout in model.dropouts:
+        if dropout.rate:
+            devices.spread_seed(dropout.seed_generator.state)
 
 
 def _copy(model: LanguageModel) -> LanguageModel:
@@ -678,6 +723,7 @@ class _Keeper(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.folder = folder
+        self.devices = folder.devices
         self.evaluator = evaluator
         self.data = data
         self.history = begun.history
@@ -731,7 +777,7 @@ class _Keeper(keras.callbacks.Callback):
         if self.num_batches:
             # Keras and the reset of carried states began an epoch; this one
             # goes on in its middle.
-            self.folder.load_checkpoint(self.model)
+            _load_checkpoint(self.folder, self.model)
         self._first_batch = self.num_batches
         self._saved = time.perf_counter()
         self._began = self._saved - self.seconds
@@ -741,14 +787,24 @@ class _Keeper(keras.callbacks.Callback):
         # number, which in an epoch's last group may be too high.
         done = self._first_batch + batch + 1
         self.num_batches = min(done, self.steps_per_epoch)
+        is_last = self.num_batches == self.steps_per_epoch
+        if self.devices.num_processes > 1 and not (
+            is_last or self.num_batches % _BATCHES_BETWEEN_TALKS == 0
+        ):
+            return
         loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
+        since = time.perf_counter() - self._saved
+        is_bad, stop, is_due = self.devices.any(
+            not math.isfinite(loss),
+            self.asked_to_stop,
+            since >= self.checkpoint_seconds,
+        )
+        if is_bad:
             self._stop_diverged(f"batch {self.num_batches}", loss)
-        if self.asked_to_stop:
+        if stop:
+            self.asked_to_stop = True
             self.model.stop_training = True
-        elif self.num_batches == self.steps_per_epoch:
-            return  # the checkpoint of the whole epoch is about to be made
-        elif time.perf_counter() - self._saved >= self.checkpoint_seconds:
+        elif is_due and not is_last:  # else that of the epoch is about to be
             sync_variables(self.model)
             self._save_checkpoint()
 
@@ -761,7 +817,7 @@ class _Keeper(keras.callbacks.Callback):
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer
-        rate = float(optimizer.learning_rate)
+        rate = _number(optimizer.learning_rate)
         with optimizer.averaged_weights():
             valid = self._evaluate()
             if not math.isfinite(valid):
@@ -771,14 +827,14 @@ class _Keeper(keras.callbacks.Callback):
                 self._save_best()
         row = {
             "epoch": epoch + 1,
-            "train_perplexity": float(logs["perplexity"]),
+            "train_perplexity": self._train_perplexity(),
             "valid_perplexity": valid,
             "learning_rate": rate,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(num_tokens / seconds, 1),
         }
         if self.plan.averaging != "never":
-            row["averaged_steps"] = float(optimizer.num_averaged)
+            row["averaged_steps"] = _number(optimizer.num_averaged)
         logs.update(row)
         self.history.append(row)
         self.num_batches, self.seconds = 0, 0.0
@@ -790,6 +846,14 @@ class _Keeper(keras.callbacks.Callback):
         self._save_checkpoint()
         if self.has_ended:
             self.model.stop_training = True
+
+    def _train_perplexity(self) -> float:
+        """Of the epoch, on all devices, summed in float64."""
+        metric = self.model.perplexity
+        nats, tokens = self.devices.total(
+            [_number(metric.nats), _number(metric.tokens)]
+        )
+        return Evaluation(float(nats), int(tokens)).perplexity
 
     def _save_checkpoint(self) -> None:
         """Saves a state that can be gone on from, or ends the run.
@@ -810,13 +874,16 @@ class _Keeper(keras.callbacks.Callback):
     def _save_best(self) -> None:
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
-        self.folder.save_best_weights(_copy(self.model))
+        with self.devices.alone():
+            self.folder.save_best_weights(_copy(self.model))
 
     def _evaluate(self) -> float:
         reader = self.evaluator.model
         if reader is not self.model:
             reader.set_weights(self.model.get_weights())
-        return self.evaluator(self.data.valid).perplexity
+        with self.devices.alone():
+            perplexity = self.evaluator(self.data.valid).perplexity
+        return self.devices.from_first(perplexity)
 
     def keep_start(self, model: LanguageModel) -> None:
         """Keeps the weights of another run that this one begins with.
@@ -847,6 +914,10 @@ class _Keeper(keras.callbacks.Callback):
         )
 
 
+def _number(variable: Any) -> float:
+    return float(keras.ops.convert_to_numpy(variable))
+
+
 def _describe(reached: Progress) -> str:
     """How far a checkpoint is; empty where nothing was done."""
     epochs = len(reached.history)
@@ -873,11 +944,24 @@ def _fit(
         lambda epoch, _: plan.learning_rate_of(epoch, keeper.valid_perplexities)
     )
     bars = []
-    if progress:
+    devices = keeper.devices
+    if progress and not devices.rank:
         bars.append(ProgressBar(plan.tokens_per_step, plan.epochs))
+    kept: dict[int, Any] = {}
+
+    def part_of(batches: Any) -> Any:
+        """The same object for the same batches, as steps are compiled by it."""
+        if id(batches) not in kept:
+            kept.clear()
+            kept[id(batches)] = (batches, devices.part(batches))
+        return kept[id(batches)][1]
+
     with _stop_on_interrupt(keeper):
         try:
-            while not keeper.has_ended and not keeper.asked_to_stop:
+            while not keeper.has_ended:
+                [keeper.asked_to_stop] = devices.any(keeper.asked_to_stop)
+                if keeper.asked_to_stop:
+                    break
                 epoch = len(keeper.history)
                 batches = cut(epoch)
                 keeper.begin_epoch(batches)
@@ -887,15 +971,16 @@ def _fit(
                     if lengths is not None:
                         lengths = lengths[keeper.num_batches :]
                 times.begin_epoch(lengths)
-                model.fit(
-                    batches,
-                    initial_epoch=epoch,
-                    epochs=epoch + 1,
-                    shuffle=False,
-                    verbose=0,
-                    # The rate after what a checkpoint brings back.
-                    callbacks=[times, keeper, schedule, *bars],
-                )
+                with devices.training():
+                    model.fit(
+                        part_of(batches),
+                        initial_epoch=epoch,
+                        epochs=epoch + 1,
+                        shuffle=False,
+                        verbose=0,
+                        # The rate after what a checkpoint brings back.
+                        callbacks=[times, keeper, schedule, *bars],
+                    )
         finally:
             for bar in bars:
                 bar.close()
@@ -994,6 +1079,7 @@ def _finish(
         "preset": settings["preset"],
         "corpus": data.name,
         "seed": settings["seed"],
+        "devices": folder.devices.count,
         "initial_weights_sha256": folder.read_config()[
             "initial_weights_sha256"
         ],
@@ -1020,5 +1106,6 @@ def _finish(
         kept, _, _ = load_run(folder.path)
         keeper.evaluator.model.set_weights(kept.get_weights())
         result["test_perplexity"] = keeper.evaluator(data.test).perplexity
-    write_json(folder.result, finite_or_none(result))
+    if not folder.devices.rank:
+        write_json(folder.result, finite_or_none(result))
     return result

@@ -7,6 +7,14 @@ is the oracle for whatever replaces it on one of them.
 import keras
 
 from multilstm.ops.evidence import explain_once, last_kernel
+from multilstm.ops.parallel import (
+    Devices,
+    add_gradients,
+    rows_here,
+    scale_loss,
+    starts_singly,
+    use_devices,
+)
 from multilstm.ops.reference import (
     check_rows,
     cross_entropy_of_some,
@@ -34,7 +42,9 @@ if keras.config.backend() == "jax":
         steps_per_dispatch,
         sync_variables,
     )
+    from multilstm.ops.parallel_jax import use_devices
 elif keras.config.backend() == "torch":
+    from multilstm.ops.parallel_torch import add_gradients, use_devices
     from multilstm.ops.torch import (
         cross_entropy_of_some,
         device_name,
@@ -44,6 +54,13 @@ elif keras.config.backend() == "torch":
         lstm_stack,
     )
 elif keras.config.backend() == "tensorflow":
+    from multilstm.ops.parallel_tensorflow import (
+        add_gradients,
+        rows_here,
+        scale_loss,
+        starts_singly,
+        use_devices,
+    )
     from multilstm.ops.tensorflow import (
         check_rows,
         cross_entropy_of_some,
@@ -65,6 +82,8 @@ else:
     )
 
 __all__ = [
+    "Devices",
+    "add_gradients",
     "check_rows",
     "cross_entropy_of_some",
     "device_name",
@@ -78,6 +97,10 @@ __all__ = [
     "lstm",
     "lstm_stack",
     "make_train_function",
+    "rows_here",
+    "scale_loss",
+    "starts_singly",
     "steps_per_dispatch",
     "sync_variables",
+    "use_devices",
 ]

@@ -54,10 +54,45 @@ def lstm_stack(
     weights: list[reference.Weights],
 ) -> tuple[Any, list[reference.State]]:
     """As `reference.lstm_stack`: one call for layers of one size on a GPU."""
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        return _on_each_device(distribution, x, states, weights)
+    return _stack_of(x, states, weights)
+
+
+def _stack_of(
+    x: Any,
+    states: list[reference.State],
+    weights: list[reference.Weights],
+) -> tuple[Any, list[reference.State]]:
     same_size = len({recurrent.shape[0] for _, recurrent, _ in weights}) == 1
     if _has_cudnn() and same_size:
         return _cudnn(x, states, weights)
     return reference.stack(lstm, x, states, weights)
+
+
+def _on_each_device(
+    distribution: Any,
+    x: Any,
+    states: list[reference.State],
+    weights: list[reference.Weights],
+) -> tuple[Any, list[reference.State]]:
+    """Each device runs the layers over its rows.
+
+    XLA cannot divide cuDNN's call by itself: every device would run all rows.
+    """
+    mesh = distribution.device_mesh.backend_mesh
+    rows = jax.sharding.PartitionSpec(distribution.batch_dim_name)
+    whole = jax.sharding.PartitionSpec()
+    divided = jax.shard_map(
+        _stack_of,
+        mesh=mesh,
+        in_specs=(rows, rows, whole),
+        out_specs=(rows, rows),
+        check_vma=False,  # not known of cuDNN's call
+    )
+    outputs, ends = divided(x, list(states), list(weights))
+    return outputs, ends
 
 
 def _has_cudnn() -> bool:

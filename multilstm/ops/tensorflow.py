@@ -444,8 +444,9 @@ def fuse_optimizer(optimizer: Any) -> None:
 
     Keras writes the same formulas as a dozen passes over the weights.
     """
-    if tf.distribute.has_strategy():
-        return
+    is_ours = type(optimizer).__module__.startswith("multilstm.")
+    if tf.distribute.has_strategy() and not is_ours:
+        return  # Keras then adds up the gradients of replicas, ours do before
     for kind, update in (("Adam", _update_adam), ("SGD", _update_sgd)):
         if reference.is_plain(optimizer, kind):
             # Keras's own place for what a backend does in another way.

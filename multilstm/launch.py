@@ -1,0 +1,95 @@
+"""Several processes of one command, one for each device of this machine.
+
+What PyTorch needs: its processes find each other by what `torchrun` sets in
+their environment too. One that dies ends all.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from multilstm.errors import UserError
+
+
+def was_launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Runs `multilstm` with these arguments in so many processes.
+
+    Ctrl-C and SIGTERM are left to them: each stops after its batch.
+
+    Returns:
+        The exit status of the first.
+
+    Raises:
+        UserError: If one died; the others were then ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "multilstm", *arguments],
+            env=os.environ
+            | {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(count),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+        )
+        for rank in range(count)
+    ]
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    # A terminal sends Ctrl-C to all of them, so that is not passed on.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
+    try:
+        return _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended, or one was killed by a signal."""
+    while True:
+        ended = [process.poll() for process in processes]
+        for rank, status in enumerate(ended):
+            if status is not None and status < 0:
+                name = signal.Signals(-status).name
+                raise UserError(
+                    f"All processes of a run must live; number {rank} of "
+                    f"{len(processes)} was ended by {name}, and so the others. "
+                    "Go on from the last checkpoint with --resume, on any "
+                    "number of devices."
+                )
+        if any(status not in (None, 0) for status in ended):
+            # It said why; the others may wait for it without end.
+            deadline = time.monotonic() + 10
+            for process in processes:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            return next(s for s in ended if s not in (None, 0))
+        if all(status == 0 for status in ended):
+            return 0
+        time.sleep(0.05)

@@ -1,0 +1,87 @@
+"""PyTorch: a process for each device, which a launcher starts.
+
+`torchrun` does, on several hosts too; `multilstm train --devices` on one.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from multilstm.errors import UserError
+from multilstm.ops import parallel
+
+
+class _Processes(parallel.Devices):
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda")
+        else:
+            self.device = torch.device("cpu")
+        if not dist.is_initialized():
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo")
+        self.rank = dist.get_rank()
+        self.count = self.num_processes = self.num_parts = dist.get_world_size()
+
+    def part(self, batches: Any) -> Any:
+        from multilstm.dataset import PartOfRows
+
+        return PartOfRows(batches, self.rank, self.num_parts)
+
+    def all_rows(self, variable: Any) -> Any:
+        mine = variable.value.detach().contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts).cpu().numpy()
+
+    def assign_rows(self, variable: Any, value: Any) -> None:
+        variable.assign(np.split(np.asarray(value), self.count)[self.rank])
+
+    def spread_seed(self, variable: Any) -> None:
+        variable.assign(parallel.far_seed(variable.value, self.rank))
+
+    def total(self, value: Any) -> Any:
+        value = self._tensor(value)
+        dist.all_reduce(value)
+        return value.cpu().numpy()
+
+    def any(self, *flags: bool) -> list[bool]:
+        return [bool(number) for number in self.total(flags)]
+
+    def from_first(self, number: float) -> float:
+        value = self._tensor(number)
+        dist.broadcast(value, 0)
+        return float(value)
+
+    def _tensor(self, value: Any) -> Any:
+        return torch.as_tensor(value, dtype=torch.float64).to(self.device)
+
+
+def use_devices(count: int | None) -> parallel.Devices:
+    """As `parallel.use_devices`: the processes that were started together."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if count is not None and count != started:
+        raise UserError(
+            f"--devices {count} needs a process for each device; {started} "
+            "were started. Use `multilstm train`, or torchrun "
+            f"--nproc-per-node {count} -m multilstm train ..."
+        )
+    return parallel.Devices() if started == 1 else _Processes()
+
+
+def add_gradients(optimizer: Any, gradients: list[Any]) -> list[Any]:
+    """As `parallel.add_gradients`: the mean over processes, in one message."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return gradients
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [
+        part.view(gradient.shape)
+        for part, gradient in zip(parts, gradients, strict=True)
+    ]
