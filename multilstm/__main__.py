@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multilstm.errors import UserError
-from multilstm.failures import explaining_failures
+from multilstm.failures import ProcessLostError, explaining_failures
 from multilstm.files import finite_or_none, write_json
 from multilstm.launch import launch, was_launched
 from multilstm.presets import find_preset
@@ -837,6 +837,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return launch(count or 1, [*given, "--backend", backend])
         with explaining_failures():
             record = COMMANDS[type(options)](options, console)
+    except ProcessLostError as error:
+        # Where the first is lost, whoever lost it has said why.
+        return _fail(str(error)) if is_first else 1
     except UserError as error:
         return _fail(str(error))
     except OSError as error:

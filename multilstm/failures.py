@@ -32,6 +32,10 @@ class DeviceLostError(UserError):
     """The device failed, and what was on it is lost."""
 
 
+class ProcessLostError(DeviceLostError):
+    """Another process of the run ended."""
+
+
 @contextmanager
 def explaining_failures() -> Iterator[None]:
     """Gives a failure of the machine one line that says what to do.
@@ -73,7 +77,7 @@ def explain_failure(error: BaseException) -> UserError | None:
             "process."
         )
     if _PROCESS_LOST.search(str(error)):
-        return DeviceLostError(
+        return ProcessLostError(
             f"All processes of a run must live; another one ended ({said}). Go "
             "on from the last checkpoint with --resume, on any number of "
             "devices."

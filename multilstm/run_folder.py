@@ -175,13 +175,13 @@ class RunFolder:
         Raises:
             UserError: If the folder has a run already, which stays as it is.
         """
+        if self.devices.rank:
+            return
         if self.config.exists():
             raise UserError(
                 f"{self.path} already holds a run. Continue it with --resume, "
                 "or choose another folder with --out."
             )
-        if self.devices.rank:
-            return
         vocabulary.save(self.vocabulary)
         write_json(self.config, {"schema": CONFIG_SCHEMA, **config})
 
