@@ -542,7 +542,10 @@ def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
     arrays = {}
     for split in SPLITS:
         path = folder / f"{split}.npy"
-        ids = read_or_explain(path, partial(np.load, path, mmap_mode="r"))
+        ids = read_or_explain(
+            path,
+            partial(np.load, path, mmap_mode="r", allow_pickle=False),
+        )
         if ids.dtype != np.int32 or ids.ndim != 1:
             raise UserError(
                 f"{path} must hold an int32 array of shape (num_tokens,); it "

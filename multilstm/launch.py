@@ -14,6 +14,20 @@ from collections.abc import Sequence
 
 from multilstm.errors import UserError
 
+_MOST_DEVICES = 64  # of one machine; `torchrun` starts several machines
+
+
+def check_count(count: int) -> None:
+    """Refuses numbers of devices that no machine has.
+
+    Raises:
+        UserError: As it says.
+    """
+    if not 1 <= count <= _MOST_DEVICES:
+        raise UserError(
+            f"`devices` must be from 1 to {_MOST_DEVICES}; received {count}."
+        )
+
 
 def was_launched() -> bool:
     """Whether a launcher started this process as one of several."""
@@ -31,6 +45,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: If one died; the others were then ended.
     """
+    check_count(count)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

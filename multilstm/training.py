@@ -37,6 +37,7 @@ from multilstm.errors import UserError
 from multilstm.evaluation import STATE, TOKENS, Evaluation, Evaluator
 from multilstm.failures import explaining_failures
 from multilstm.files import finite_or_none, read_json, write_json
+from multilstm.launch import check_count
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import (
     Devices,
@@ -209,6 +210,8 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     if retries < 0:
         raise UserError(f"`retries` must be at least 0; received {retries}.")
+    if devices is not None:
+        check_count(devices)
     group = use_devices(devices)
     folder = RunFolder(out or _default_folder(given), group)
     with explaining_failures():
@@ -543,18 +546,16 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         "until_perplexity": 1,
         "gradient_accumulation_steps": 1,
         "train_tokens": 1,
+        "checkpoint_minutes": 0,
         "seed": 0,
     }
     for name, least in needed.items():
-        if settings[name] is not None and not settings[name] >= least:
+        value = settings[name]
+        if value is not None and not least <= value < math.inf:
             raise UserError(
-                f"`{name}` must be at least {least}; received {settings[name]}."
+                f"`{name}` must be a number of at least {least}; received "
+                f"{value}."
             )
-    minutes = settings["checkpoint_minutes"]
-    if not minutes >= 0:
-        raise UserError(
-            f"`checkpoint_minutes` must be 0 or more; received {minutes}."
-        )
     rate = settings["learning_rate"]
     if rate is not None and not 0 < rate < math.inf:
         raise UserError(f"`learning_rate` must be above 0; received {rate}.")

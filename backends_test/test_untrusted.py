@@ -1,0 +1,184 @@
+"""What keeps files and addresses of strangers from running or taking all."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+import tiny_runs
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import multilstm
+from multilstm.__main__ import main
+
+PACKAGE = Path(multilstm.__file__).parent
+
+# Of Keras, by the version in which each is mended.
+CVES = {
+    "CVE-2024-3660": "2.13",  # a Lambda's code
+    "CVE-2025-1550": "3.9.0",  # any code, in spite of safe_mode
+    "CVE-2025-8747": "3.11.0",
+    "CVE-2025-9906": "3.11.0",
+    "CVE-2025-9905": "3.11.3",  # .h5, whatever safe_mode says
+    "CVE-2025-49655": "3.11.3",
+    "CVE-2026-0897": "3.13.1",  # HDF5 that claims any shape
+    "CVE-2026-1462": "3.13.2",  # TFSMLayer
+    "CVE-2026-1669": "3.14.0",  # HDF5 that links to other files
+    "CVE-2026-12481": "3.15.0",  # Lambda.from_config
+}
+
+
+def keras_requirement():
+    requirements = map(Requirement, importlib.metadata.requires("multilstm"))
+    [found] = [r for r in requirements if r.name == "keras" and not r.marker]
+    return found.specifier
+
+
+@pytest.mark.parametrize("cve", CVES)
+def test_no_version_of_keras_with_a_known_hole_is_taken(cve):
+    mended = Version(CVES[cve])
+    assert not keras_requirement().contains(
+        f"{mended.major}.{mended.minor - 1}"
+    )
+    [floor] = [s for s in keras_requirement() if s.operator == ">="]
+    assert Version(floor.version) >= mended
+    assert Version(keras.__version__) >= mended
+
+
+def calls_and_imports():
+    """The names of what the package imports, and its calls as text."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield path, str(node.module)
+            elif isinstance(node, ast.Call):
+                yield path, ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^(pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)\b",
+        r"^(eval|exec|compile)\(",
+        r"^torch\.load\(",
+        r"allow_pickle=(?!False)",
+        r"safe_mode=(?!True)",
+        r"enable_unsafe_deserialization",
+        r"shell=(?!False)",
+        r"^(os\.system|os\.popen)\(",
+    ],
+)
+def test_package_has_no_call_that_runs_what_a_file_says(pattern):
+    found = [
+        (path.name, text)
+        for path, text in calls_and_imports()
+        if re.search(pattern, text)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", ["np.load", "keras.saving.load_model"])
+def test_every_reader_of_arrays_and_models_says_that_it_is_safe(name):
+    calls = [
+        text
+        for _, text in calls_and_imports()
+        if text.startswith((f"{name}(", f"partial({name},"))
+    ]
+    assert calls
+    for call in calls:
+        assert "allow_pickle=False" in call or "safe_mode=True" in call
+
+
+def test_nothing_is_unpickled_while_a_run_is_made_and_read(tmp_path):
+    """Whoever calls it: Python tells of each object that a pickle names."""
+    corpus = tiny_runs.write_corpus(tmp_path / "letters")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "found = []\n"
+        "sys.addaudithook(lambda event, of: found.append(of)\n"
+        "    if event == 'pickle.find_class' else None)\n"
+        "from multilstm.__main__ import main\n"
+        "out = sys.argv[2]\n"
+        "train = ['train', '--corpus', sys.argv[1], '--out', out]\n"
+        "assert main([*train, '--epochs', '1']) == 0\n"
+        "before = len(found)\n"
+        "assert main([*train, '--epochs', '2', '--resume']) == 0\n"
+        "assert main(['evaluate', out]) == 0\n"
+        "assert main(['generate', out]) == 0\n"
+        "sys.exit(str(found[before:]) if len(found) > before else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program, corpus, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run that is done."""
+    root = tmp_path_factory.mktemp("arguments")
+    corpus = tiny_runs.write_corpus(root / "letters")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in tiny_runs.presets().items():
+            patch.setitem(multilstm.PRESETS, name, preset)
+        multilstm.train(
+            "tiny", corpus=corpus, out=root / "run", epochs=1, progress=False
+        )
+    return root / "run"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", str(10**15), "nan", "1e999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate RUN --batch-size",
+        "evaluate RUN --sequence-length",
+        "generate RUN --max-new-tokens 3 --temperature",
+        "generate RUN --max-new-tokens 3 --top-k",
+        "generate RUN --max-new-tokens 3 --top-p",
+        "generate RUN --max-new-tokens 3 --seed",
+        "predict RUN --start 5 --num-words",
+        "predict RUN --start",
+        "train --batch-size",
+        "train --sequence-length",
+        "train --learning-rate",
+        "train --train-tokens",
+        "train --max-vocabulary",
+        "train --until-perplexity",
+        "train --checkpoint-minutes",
+        "train --patience",
+        "train --seed",
+        "train --devices",
+    ],
+)
+def test_strange_numbers_end_in_a_result_or_one_line(
+    command, value, run, tiny, tmp_path, capfd
+):
+    words = [str(run) if word == "RUN" else word for word in command.split()]
+    if words[0] == "train":
+        corpus, out = run.parent / "letters", tmp_path / "out"
+        settings = f"--preset {tiny} --epochs 1 --corpus {corpus} --out {out}"
+        words[1:1] = settings.split()
+    try:
+        status = main([*words, value])
+    except (
+        SystemExit
+    ) as end:  # of the parser, for what is no number of its kind
+        status = end.code
+        assert status == 2
+    _, errors = capfd.readouterr()
+    assert status in (0, 1, 2)
+    if status == 1:
+        assert sum("error:" in line for line in errors.splitlines()) == 1
+    assert "Traceback" not in errors
