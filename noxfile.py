@@ -99,22 +99,34 @@ def compare(session: nox.Session) -> None:
 
 @nox.session(name="test-faults", venv_backend="none")
 def test_faults(session: nox.Session) -> None:
-    """Kills runs of each backend whose test environment is there."""
-    found = False
+    """Kills runs of each backend whose test environment is there.
+
+    Then lets one go on on one backend after the other.
+    """
+    pythons = {}
     for backend in BACKENDS:
         python = Path(f".nox/test-{backend}/bin/python").absolute()
         if python.exists():
-            found = True
-            session.run(
-                *(str(python), "backends_test/faults.py", *session.posargs),
-                env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
-                external=True,
-            )
-    if not found:
+            pythons[backend] = str(python)
+    if not pythons:
         session.error(
             "No test environment is there. Make one with, for instance: "
             "nox -s test-torch --install-only"
         )
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    for backend, found in pythons.items():
+        session.run(
+            *(found, "backends_test/faults.py", *session.posargs),
+            env=quiet | {"KERAS_BACKEND": backend},
+            external=True,
+        )
+    places = [f"{backend}={python}" for backend, python in pythons.items()]
+    session.run(
+        *(next(iter(pythons.values())), "backends_test/resume_elsewhere.py"),
+        *places,
+        env=quiet,
+        external=True,
+    )
 
 
 @nox.session

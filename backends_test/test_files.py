@@ -1,15 +1,18 @@
 """Files are whole or as they were; broken ones are explained."""
 
+import errno
 import json
 import math
 import os
+import signal
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.files import (
     finite_or_none,
     read_json,
@@ -187,3 +190,51 @@ def test_what_a_broken_file_raises_is_explained(error, path):
 def test_a_fault_of_ours_is_not_blamed_on_the_file(path):
     with pytest.raises(ZeroDivisionError):
         read_or_explain(path, lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT]
+)
+def test_what_the_system_refuses_is_one_line(number, path, monkeypatch):
+    write_text(path, "old")
+
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(WriteError, match=os.strerror(number)) as raised:
+        write_text(path, "new")
+    assert str(path) in str(raised.value)
+    assert path.read_text() == "old"
+    assert names_beside(path) == [path.name]
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(WriteError, match="cannot be written"):
+        write_text(tmp_path / "runs" / "config.json", "new")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_disk_that_is_really_full_leaves_the_old_file(path):
+    """No file of this process may pass 64 KiB: the system says so."""
+    import resource
+
+    write_text(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(WriteError, match="File too large"):
+            write_text(path, "new" * (1 << 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == "old"
+    assert names_beside(path) == [path.name]
+
+
+def test_json_that_is_nested_too_deep_is_named(path):
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(path, schema="kind-1")

@@ -439,7 +439,7 @@ def test_retries_come_to_an_end(train, caplog):
 
 @pytest.mark.parametrize("minutes", [-1.0, math.nan, math.inf])
 def test_time_between_checkpoints_is_checked(minutes, train):
-    with pytest.raises(UserError, match="`checkpoint_minutes` must be a numb"):
+    with pytest.raises(UserError, match="`checkpoint_minutes` must be at"):
         train(checkpoint_minutes=minutes)
 
 

@@ -363,8 +363,8 @@ class RunFolder:
         backend = keras.config.backend()
         if about["backend"] != backend:
             logger.warning(
-                "The run goes on with %s from a checkpoint of %s: the same "
-                "to rounding, not bit for bit.",
+                "The run goes on with %s from a checkpoint of %s: the same to "
+                "rounding but for masks of dropout, not bit for bit.",
                 backend,
                 about["backend"],
             )

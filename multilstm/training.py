@@ -553,7 +553,7 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
         value = settings[name]
         if value is not None and not least <= value < math.inf:
             raise UserError(
-                f"`{name}` must be a number of at least {least}; received "
+                f"`{name}` must be at least {least}, and finite; received "
                 f"{value}."
             )
     rate = settings["learning_rate"]
