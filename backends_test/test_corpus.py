@@ -560,6 +560,26 @@ def test_a_server_that_sends_too_much_is_a_mirror_that_fails(
     assert names_in(tmp_path / "data" / "ptb") == []
 
 
+def test_no_damaged_download_is_taken(set_mirrors, web, tmp_path, rng):
+    """Bits flipped, bytes left out or put in: each is refused and removed."""
+    set_mirrors("good")
+    served = tmp_path / "web" / "good" / "ptb.train.txt"
+    content = served.read_bytes()
+    for number in range(30):
+        damaged = bytearray(content)
+        place = int(rng.integers(len(content)))
+        if number % 3 == 0:
+            damaged[place] ^= 1 << number % 8
+        elif number % 3 == 1:
+            del damaged[place:]
+        else:
+            damaged[place:place] = b"\0" * (number + 1)
+        served.write_bytes(damaged)
+        with pytest.raises(UserError, match="hash of downloaded file"):
+            load_corpus("ptb", data_folder=tmp_path / "data")
+        assert names_in(tmp_path / "data" / "ptb") == []
+
+
 def test_only_https_is_asked(tmp_path, web, monkeypatch):
     """The first address is refused unasked, the second for where it leads."""
     elsewhere = web.replace("127.0.0.1", "127.0.0.2") + "good/"

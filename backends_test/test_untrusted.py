@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,23 @@ from pathlib import Path
 import keras
 import pytest
 import tiny_runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 import multilstm
+from multilstm import (
+    Vocabulary,
+    load_run,
+    read_words,
+    run_folder,
+    training,
+)
 from multilstm.__main__ import main
+from multilstm.errors import UserError
+from multilstm.report import read_results
+from multilstm.run_folder import RunFolder
 
 PACKAGE = Path(multilstm.__file__).parent
 
@@ -136,6 +149,114 @@ def run(tmp_path_factory):
             "tiny", corpus=corpus, out=root / "run", epochs=1, progress=False
         )
     return root / "run"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+# Nothing, anything, or JSON of our kind with anything in it.
+FILES = (
+    st.binary(max_size=300)
+    | JSON.map(lambda content: json.dumps(content).encode())
+    | st.dictionaries(
+        st.sampled_from(
+            ["words", "model", "preset_settings", "history", "about", "ids"]
+        ),
+        JSON,
+    ).flatmap(
+        lambda content: st.sampled_from(
+            [
+                "multilstm-vocabulary-1",
+                "multilstm-run-1",
+                "multilstm-choice-1",
+                "multilstm-bench-1",
+                "multilstm-compare-1",
+            ]
+        ).map(lambda schema: json.dumps(content | {"schema": schema}).encode())
+    )
+)
+
+
+def readers(folder):
+    """What reads files, each with its file."""
+    run = RunFolder(folder)
+    return {
+        "vocabulary": (run.vocabulary, Vocabulary.load),
+        "config": (run.config, lambda path: load_run(path.parent)),
+        "resumed config": (
+            run.config,
+            lambda path: training._read_plan(RunFolder(path.parent), {}),
+        ),
+        "checkpoint": (
+            run.checkpoint,
+            lambda path: run_folder._read_checkpoint(path, {}),
+        ),
+        "weights": (
+            run.best_weights,
+            lambda path: RunFolder(path.parent).load_best_weights(None),
+        ),
+        "text": (folder / "train.txt", lambda path: list(read_words(path))),
+        "result": (folder / "bench.json", lambda path: read_results([path])),
+    }
+
+
+@pytest.mark.parametrize("name", list(readers(Path())))
+def test_no_file_makes_a_reader_say_more_than_a_line(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    path, read = readers(folder)[name]
+    path.parent.mkdir(exist_ok=True)
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @given(content=FILES)
+    def try_file(content):
+        path.write_bytes(content)
+        try:
+            read(path)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017  (it need not raise)
+
+    try_file()
+
+
+def leaves(content, *path):
+    """The path of every value in JSON that holds no other."""
+    pairs = enumerate(content) if isinstance(content, list) else content.items()
+    for key, value in pairs:
+        if isinstance(value, dict | list) and value:
+            yield from leaves(value, *path, key)
+        else:
+            yield (*path, key)
+
+
+def test_no_result_makes_a_report_say_more_than_a_line(tmp_path, rng):
+    """One value of a result is another, or is missing."""
+    source = Path(__file__).parent.parent / "benchmarks" / "results"
+    names = ("bench-tutorial-2core-cpu-1", "zaremba-small-ptb-compare")
+    refused = 0
+    for name in names:
+        text = (source / f"{name}.json").read_text()
+        places = list(leaves(json.loads(text)))
+        for number in rng.integers(len(places), size=60):
+            changed = json.loads(text)
+            *path, last = places[number]
+            inner = changed
+            for key in path:
+                inner = inner[key]
+            strange = (None, "", -1, 10**400, [], {}, "<script>", True)
+            inner[last] = strange[number % len(strange)]
+            file = tmp_path / "result.json"
+            file.write_text(json.dumps(changed))
+            try:
+                read_results([file])
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)  # noqa: PT017  (it need not raise)
+    assert refused > 10
 
 
 @pytest.mark.parametrize("value", ["0", "-1", str(10**15), "nan", "1e999"])

@@ -532,6 +532,7 @@ def load_model(path: Path) -> Any:
         ValueError,
         TypeError,
         KeyError,
+        MemoryError,
         RuntimeError,
         zipfile.BadZipFile,
     ) as error:

@@ -72,7 +72,10 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
             )
         try:
             html_page([content])
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (
+            *(ArithmeticError, AttributeError, LookupError),
+            *(TypeError, ValueError),
+        ) as error:
             raise UserError(
                 f"{path} must hold a whole result of {schema!r}; it does not "
                 f"({error!r}). Give the file as it was written."
