@@ -62,12 +62,14 @@ def main() -> None:
     train("tiny_same", **resumed, **settings)
     train("tiny_same", out=root / "2-then-1", epochs=1, **settings)
     # Within an epoch, masks and all.
-    train("tiny", out=root / "whole", **settings)
-    stop_after(2)
-    try:
-        train("tiny", out=root / "parts", checkpoint_minutes=0, **settings)
-    except StopError:
-        train("tiny", out=root / "parts", resume=True, **settings)
+    for preset in ("tiny", "tiny_awd"):
+        train(preset, out=root / f"{preset}-whole", **settings)
+        stop_after(2)
+        parts = {"out": root / f"{preset}-parts", "resume": True}
+        try:
+            train(preset, checkpoint_minutes=0, **parts, **settings)
+        except StopError:
+            train(preset, **parts, **settings)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ MODEL = make_model()
 RUN = RunFolder(ROOT / "run")
 RUN.create({"model": MODEL.settings, "preset_settings": {}}, Vocabulary(WORDS))
 RUN.save_checkpoint(MODEL, Progress(HISTORY))
-RUN.save_best_weights(MODEL)
+RUN.save_best_weights(MODEL, 1, 8.0)
 CHOICE = ROOT / "cache" / "choices" / "choice.json"
 CHOICE.parent.mkdir(parents=True)
 CHOICE.write_text(

@@ -127,14 +127,16 @@ def test_run_goes_on_with_another_number_of_devices(two_devices, one_device):
     np.testing.assert_allclose(found, expected, **SAME)
 
 
+@pytest.mark.parametrize("preset", ["tiny", "tiny_awd"])
 def test_devices_have_masks_of_their_own_that_come_back(
-    two_devices, one_device
+    preset, two_devices, one_device
 ):
-    whole = figures(two_devices / "whole")
-    np.testing.assert_allclose(figures(two_devices / "parts"), whole, **SAME)
+    whole = figures(two_devices / f"{preset}-whole")
+    parts = figures(two_devices / f"{preset}-parts")
+    np.testing.assert_allclose(parts, whole, **SAME)
     if BACKEND == "jax":
         pytest.skip("there masks are drawn for all rows, as on one device")
-    first, *_ = one_device("tiny")
+    first, *_ = one_device(preset)
     assert abs(first / whole[0] - 1) > 1e-4
 
 

@@ -1,5 +1,6 @@
 """What lies on the disk: written whole, read back the same, or explained."""
 
+import errno
 import io
 import json
 import os
@@ -205,6 +206,27 @@ def test_truncated_checkpoint_costs_one_checkpoint(
     content = two_checkpoints.checkpoint.read_bytes()
     two_checkpoints.checkpoint.write_bytes(content[: int(len(content) * share)])
     assert_goes_on_from_the_one_before(two_checkpoints, caplog)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_checkpoint_that_cannot_be_read_now_is_not_set_aside(
+    number, two_checkpoints, monkeypatch
+):
+    def refuse(path):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "_read_npz", refuse)
+        with pytest.raises(UserError, match=os.strerror(number)):
+            two_checkpoints.load_checkpoint(make_model())
+    assert two_checkpoints.load_checkpoint(make_model()) == Progress(HISTORY)
+
+
+def test_checkpoint_of_a_newer_version_is_not_set_aside(two_checkpoints):
+    rewritten(two_checkpoints, lambda about, _: about.update(schema="newer"))
+    with pytest.raises(UserError, match="its schema is 'newer'"):
+        two_checkpoints.load_checkpoint(make_model())
+    assert two_checkpoints.checkpoint.exists()
 
 
 def test_where_both_are_damaged_nothing_is_moved(two_checkpoints):

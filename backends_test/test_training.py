@@ -429,6 +429,22 @@ def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     assert math.isfinite(result["test_perplexity"])
 
 
+@pytest.mark.parametrize(("stopped", "times"), [(False, 3), (True, 1)])
+def test_run_that_was_stopped_is_not_tried_again(
+    stopped, times, train, monkeypatch
+):
+    calls = []
+
+    def diverge(*_, **settings):
+        calls.append(settings["resume"])
+        raise DivergedError("no number", 1.0, stopped)
+
+    monkeypatch.setattr(training_module, "_train", diverge)
+    with pytest.raises(DivergedError):
+        train(retries=2)
+    assert calls == [False, True, True][:times]
+
+
 def test_retries_come_to_an_end(train, caplog):
     with pytest.raises(DivergedError):
         train(preset="tiny_wild", retries=2)
@@ -478,7 +494,35 @@ def test_interrupt_at_the_end_of_an_epoch_loses_nothing(train, interrupt_at):
     assert stopped["valid_perplexity"] is not None
 
 
-def test_second_interrupt_ends_at_once(train, interrupt_at):
+def test_signal_that_comes_twice_at_once_is_one(train, interrupt_at):
+    """`timeout` sends it to a process, and again to its group."""
+    interrupt_at(4, times=2)
+    assert train()["status"] == "interrupted"
+
+
+def test_weights_that_a_lost_epoch_left_are_told_as_what_they_are(
+    train, tmp_path, monkeypatch
+):
+    """Killed between weights and checkpoint, and the epoch then went worse."""
+    train(epochs=1)
+    folder = RunFolder(tmp_path / "run")
+    model, *_ = load_run(folder.path)
+    folder.save_best_weights(model, 2, 1.5)
+    result = train(epochs=2, resume=True)
+    row = result["history"][1]
+    if row["valid_perplexity"] < result["history"][0]["valid_perplexity"]:
+        assert result["valid_perplexity"] == row["valid_perplexity"]
+    monkeypatch.setattr(
+        type(PRESETS["tiny"]), "learning_rate_of", lambda *_: 10.0
+    )
+    folder.save_best_weights(model, 3, 1.5)
+    result = train(epochs=3, resume=True)
+    assert (result["best_epoch"], result["valid_perplexity"]) == (3, 1.5)
+    assert result["history"][2]["valid_perplexity"] > 1.5
+
+
+def test_second_interrupt_ends_at_once(train, interrupt_at, monkeypatch):
+    monkeypatch.setattr(training_module, "_SECONDS_OF_ONE_SIGNAL", 0.0)
     interrupt_at(4, times=2)
     with pytest.raises(KeyboardInterrupt):
         train()

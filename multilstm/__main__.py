@@ -848,6 +848,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted")
     if options.json and is_first:
         print(json.dumps(finite_or_none(record), allow_nan=False))
+    if record.get("status") == "interrupted" and not is_first:
+        return 1
     if record.get("status") == "interrupted":
         return _fail(
             f"interrupted after {record['epochs']} epochs, nothing is lost; "

@@ -432,8 +432,6 @@ class PartOfRows(keras.utils.PyDataset):
         self.token_ids = batches.token_ids
         self.is_sliced = batches.is_sliced
         self.varies = getattr(batches, "varies", False)
-        if self.varies:
-            self.lengths = batches.lengths
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from multilstm.errors import UserError
+from multilstm.launch import was_launched
 
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating"
@@ -16,7 +17,7 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _PROCESS_LOST = re.compile(
-    r"Connection closed by peer|Connection reset by peer|gloo|NCCL error"
+    r"Connection closed by peer|Connection reset by peer|\bgloo\b|NCCL error"
 )
 _DEVICE_LOST = re.compile(
     r"CUDA_ERROR|CUDA error|CUDA driver error|GPU is lost|device.{0,20}lost"
@@ -76,7 +77,7 @@ def explain_failure(error: BaseException) -> UserError | None:
             "driver (nvidia-smi, dmesg) and go on with --resume, in a new "
             "process."
         )
-    if _PROCESS_LOST.search(str(error)):
+    if was_launched() and _PROCESS_LOST.search(str(error)):
         return ProcessLostError(
             f"All processes of a run must live; another one ended ({said}). Go "
             "on from the last checkpoint with --resume, on any number of "

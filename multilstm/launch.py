@@ -37,7 +37,7 @@ def was_launched() -> bool:
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs `multilstm` with these arguments in so many processes.
 
-    Ctrl-C and SIGTERM are left to them: each stops after its batch.
+    Ctrl-C and SIGTERM are passed on to them: each stops after its batch.
 
     Returns:
         The exit status of the first.
@@ -49,31 +49,32 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "multilstm", *arguments],
-            env=os.environ
-            | {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": str(count),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-        )
-        for rank in range(count)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: object) -> None:
         for process in processes:
             process.send_signal(number)
 
-    # A terminal sends Ctrl-C to all of them, so that is not passed on.
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+        number: signal.signal(number, pass_on)
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
+        for rank in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "multilstm", *arguments],
+                env=os.environ
+                | {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "WORLD_SIZE": str(count),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                },
+                # Or a terminal would send them each Ctrl-C once more.
+                start_new_session=True,
+            )
+            processes.append(process)
         return _wait(processes)
     finally:
         for process in processes:

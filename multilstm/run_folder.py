@@ -39,6 +39,7 @@ from matplotlib.ticker import MaxNLocator
 
 from multilstm.errors import UserError, WriteError
 from multilstm.files import (
+    flush,
     flush_folder,
     read_json,
     read_or_explain,
@@ -117,8 +118,10 @@ class RunFolder:
             with lock:
                 status = self.path.stat()
                 self._identity = (status.st_dev, status.st_ino)
+                # Not of `adapted`, which is written without being held.
+                others = (self.path, self.adapted)
                 for path in vars(self).values():
-                    if isinstance(path, Path) and path != self.path:
+                    if isinstance(path, Path) and path not in others:
                         remove_leftovers(path)
                 now = datetime.now().astimezone().isoformat(" ", "seconds")
                 who = f"process {os.getpid()} on {socket.gethostname()}"
@@ -258,6 +261,7 @@ class RunFolder:
                     f"not ({error}). The one before is kept. Look at the disk."
                 ) from error
             if self.checkpoint.exists():
+                flush(temporary)
                 self.checkpoint.replace(self.previous_checkpoint)
 
     def _needed(self, state: Mapping[str, Any]) -> _Kinds:
@@ -294,14 +298,30 @@ class RunFolder:
                 array = np.zeros_like(array)  # the first has all of them
             variable.assign(array)
 
-    def save_best_weights(self, model: Any) -> None:
-        """Writes a model's weights, as Keras does, with their checksum."""
+    def save_best_weights(
+        self, model: Any, epoch: int, valid_perplexity: float
+    ) -> None:
+        """Writes a model's weights, as Keras does, with their checksum.
+
+        And what they are, since a run that is killed before its checkpoint
+        has no such epoch in its history.
+        """
         if self.devices.rank:
             return
         with self.replacing(self.best_weights) as temporary:
             model.save_weights(temporary, overwrite=True)
             with h5py.File(temporary, "r+") as file:
                 file.attrs[_CHECKSUM] = _sha256_of_h5(file)
+                file.attrs["epoch"] = epoch
+                file.attrs["valid_perplexity"] = valid_perplexity
+
+    def describe_best_weights(self) -> dict[str, float]:
+        """Epoch and validation perplexity of what `save_best_weights` wrote."""
+        with h5py.File(self.best_weights) as file:
+            return {
+                "epoch": int(file.attrs["epoch"]),
+                "valid_perplexity": float(file.attrs["valid_perplexity"]),
+            }
 
     def load_best_weights(self, model: Any) -> None:
         """Reads what `save_best_weights` wrote, into a model that is built.
@@ -410,6 +430,10 @@ def _state_of(model: Any) -> dict[str, Any]:
     }
 
 
+class _OtherSchemaError(ValueError):
+    """A checkpoint of another version."""
+
+
 class _DamagedError(UserError):
     """A checkpoint that cannot be read, or is not what was written."""
 
@@ -421,6 +445,9 @@ def _read_checkpoint(
     try:
         about, arrays = read_or_explain(path, lambda: _read_npz(path))
     except UserError as error:
+        # Neither is a reason to go back to the one before.
+        if isinstance(error.__cause__, OSError | _OtherSchemaError):
+            raise
         raise _DamagedError(str(error)) from error
     found = {name: _shape_and_kind(array) for name, array in arrays.items()}
     if needed != found:
@@ -479,7 +506,9 @@ def _check_about(about: Any) -> dict[str, Any]:
     """What stands beside the arrays, each of the kind that it must be."""
     schema = about.get("schema") if isinstance(about, dict) else None
     if schema != CHECKPOINT_SCHEMA:
-        raise ValueError(f"its schema is {schema!r}, not {CHECKPOINT_SCHEMA!r}")
+        raise _OtherSchemaError(
+            f"its schema is {schema!r}, not {CHECKPOINT_SCHEMA!r}"
+        )
     kinds = {
         "backend": str,
         "sha256": str,

@@ -82,6 +82,8 @@ Precision = Literal["float32", "mixed_bfloat16"]
 # Where a run has several processes, how often they agree whether to stop.
 _BATCHES_BETWEEN_TALKS = 10
 
+_SECONDS_OF_ONE_SIGNAL = 0.5
+
 # What may change when a run goes on.
 _CHANGEABLE = (
     *("epochs", "patience", "until_perplexity", "learning_rate"),
@@ -94,11 +96,15 @@ class DivergedError(UserError):
 
     Attributes:
         learning_rate: The one that was too high, as settings have it.
+        asked_to_stop: Whether a person had stopped the run.
     """
 
-    def __init__(self, message: str, learning_rate: float) -> None:
+    def __init__(
+        self, message: str, learning_rate: float, asked_to_stop: bool
+    ) -> None:
         super().__init__(message)
         self.learning_rate = learning_rate
+        self.asked_to_stop = asked_to_stop
 
 
 def train(
@@ -225,7 +231,7 @@ def train(
                     progress=progress,
                 )
             except DivergedError as error:
-                if not retries:
+                if not retries or error.asked_to_stop:
                     raise
                 retries -= 1
                 resume = True
@@ -279,7 +285,9 @@ def _train_held(
     train_ids = data.train[: settings["train_tokens"]]
     batches = _cut(plan, train_ids, settings["seed"], 0)
     devices = folder.devices
-    has_checkpoint = resuming and folder.has_checkpoint
+    has_checkpoint = resuming and bool(
+        devices.from_first(folder.has_checkpoint)
+    )
     with devices.building():
         model = _build(
             plan,
@@ -625,6 +633,13 @@ def _build(
 
 def _load_checkpoint(folder: RunFolder, model: LanguageModel) -> Progress:
     reached = folder.load_checkpoint(model)
+    place = len(reached.history), reached.num_batches
+    differs = place != tuple(folder.devices.from_first(n) for n in place)
+    if any(folder.devices.any(differs)):
+        raise UserError(
+            "All processes must go on from the same checkpoint; one of them "
+            f"read another in {folder.path}. Look at the disk they share."
+        )
     _spread_seeds(model, folder.devices)
     return reached
 
@@ -795,15 +810,14 @@ class _Keeper(keras.callbacks.Callback):
             return
         loss = (logs or {}).get("loss", 0.0)
         since = time.perf_counter() - self._saved
-        is_bad, stop, is_due = self.devices.any(
+        is_bad, self.asked_to_stop, is_due = self.devices.any(
             not math.isfinite(loss),
             self.asked_to_stop,
             since >= self.checkpoint_seconds,
         )
         if is_bad:
             self._stop_diverged(f"batch {self.num_batches}", loss)
-        if stop:
-            self.asked_to_stop = True
+        if self.asked_to_stop:
             self.model.stop_training = True
         elif is_due and not is_last:  # else that of the epoch is about to be
             sync_variables(self.model)
@@ -813,7 +827,7 @@ class _Keeper(keras.callbacks.Callback):
         if self.num_batches < self.steps_per_epoch:  # asked to stop
             self._save_checkpoint()
             if not self.folder.best_weights.exists():
-                self._save_best()
+                self._save_best(0, math.inf)
             return
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
@@ -825,7 +839,7 @@ class _Keeper(keras.callbacks.Callback):
                 self._stop_diverged("its validation", valid)
             best = min(self.valid_perplexities, default=math.inf)
             if valid < min(best, self.start_perplexity):
-                self._save_best()
+                self._save_best(epoch + 1, valid)
         row = {
             "epoch": epoch + 1,
             "train_perplexity": self._train_perplexity(),
@@ -872,11 +886,13 @@ class _Keeper(keras.callbacks.Callback):
         self.folder.save_checkpoint(self.model, reached)
         self.kept = _describe(reached)
 
-    def _save_best(self) -> None:
+    def _save_best(self, epoch: int, valid_perplexity: float) -> None:
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
         with self.devices.alone():
-            self.folder.save_best_weights(_copy(self.model))
+            self.folder.save_best_weights(
+                _copy(self.model), epoch, valid_perplexity
+            )
 
     def _evaluate(self) -> float:
         reader = self.evaluator.model
@@ -893,7 +909,7 @@ class _Keeper(keras.callbacks.Callback):
         """
         self.set_model(model)
         self.start_perplexity = self._evaluate()
-        self._save_best()
+        self._save_best(0, self.start_perplexity)
         self.folder.update_config(
             self.folder.read_config()
             | {"start_valid_perplexity": self.start_perplexity}
@@ -912,6 +928,7 @@ class _Keeper(keras.callbacks.Callback):
             f"rate (--learning-rate, {self.plan.learning_rate:g} here), also "
             "for a run that goes on with --resume.",
             self.plan.learning_rate,
+            self.asked_to_stop,
         )
 
 
@@ -1015,15 +1032,26 @@ class _Rest(keras.utils.PyDataset):
 def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
     """Ctrl-C or SIGTERM ends training after the batch in hand.
 
-    A checkpoint is made then. A second one ends it at once.
+    A checkpoint is made then. A second one ends it at once, but for one that
+    comes with the first: `timeout` and others send it to a process and again
+    to its group.
     """
     before: dict[int, Any] = {}
+    first = math.inf
 
     def stop(number: int, frame: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if keeper.asked_to_stop and now - first < _SECONDS_OF_ONE_SIGNAL:
+            return
+        if keeper.asked_to_stop:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+            return
+        first = now
         again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         logger.warning("Stopping after this batch; %s again: at once", again)
         keeper.asked_to_stop = True
-        signal.signal(number, before[number])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1068,10 +1096,9 @@ def _finish(
     speed: dict[str, Any],
 ) -> dict[str, Any]:
     folder, data, history = keeper.folder, keeper.data, keeper.history
-    best = best_epoch(history) if history else {}
-    start = keeper.start_perplexity
-    if start < best.get("valid_perplexity", math.inf):
-        best = {"epoch": 0, "valid_perplexity": start}
+    best = folder.describe_best_weights()
+    if math.isinf(best["valid_perplexity"]):  # stopped in its first epoch
+        best = {}
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",

@@ -17,7 +17,11 @@ from multilstm.ops import parallel
 class _Processes(parallel.Devices):
     def __init__(self) -> None:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            place = int(os.environ.get("LOCAL_RANK", "0"))
+            found = torch.cuda.device_count()
+            if place >= found:
+                raise parallel.too_few("GPUs", place + 1, found)
+            torch.cuda.set_device(place)
             self.device = torch.device("cuda")
         else:
             self.device = torch.device("cpu")
