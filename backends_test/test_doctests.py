@@ -13,7 +13,8 @@ _OTHER_BACKENDS = {"jax", "torch", "tensorflow"} - {keras.config.backend()}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(multilstm.__path__, "multilstm.")
-    if module.name.removeprefix("multilstm.ops.") not in _OTHER_BACKENDS
+    # Such as `ops.jax` and `ops.parallel_jax`.
+    if module.name.rpartition(".")[2].rpartition("_")[2] not in _OTHER_BACKENDS
 ]
 
 
