@@ -850,7 +850,8 @@ class _Keeper(keras.callbacks.Callback):
         }
         if self.plan.averaging != "never":
             row["averaged_steps"] = _number(optimizer.num_averaged)
-        logs.update(row)
+        # For the progress bar; that of fit is of this process alone.
+        logs.update(row, perplexity=row["train_perplexity"])
         self.history.append(row)
         self.num_batches, self.seconds = 0, 0.0
         if self.plan.averaging == "triggered" and self.plan.is_non_monotone(
