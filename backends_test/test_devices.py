@@ -137,7 +137,9 @@ def test_devices_have_masks_of_their_own_that_come_back(
     if BACKEND == "jax":
         pytest.skip("there masks are drawn for all rows, as on one device")
     alone = np.array(one_device(preset))
-    assert np.abs(alone / whole - 1).max() > 1e-4  # more than rounding
+    # More than rounding, of which some 1e-6 was seen in so short a run; the
+    # rates of `tiny_awd` are small.
+    assert np.abs(alone / whole - 1).max() > 1e-5
 
 
 def test_weights_are_kept_once_and_belong_to_the_figures(two_devices):
