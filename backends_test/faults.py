@@ -24,21 +24,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import tiny_runs
 
 # Differ from run to run however it is stopped.
 TIMES = ("seconds", "tokens_per_second")
-
-
-def write_corpus(folder: Path) -> None:
-    """Letters that go on in their order, enough for some seconds."""
-    generator = np.random.default_rng(5)
-    folder.mkdir()
-    for split, num_lines in (("train", 600), ("valid", 400), ("test", 100)):
-        lines = [
-            " ".join("abcdefgh"[(first + i) % 8] for i in range(length))
-            for first, length in generator.integers(1, 8, (num_lines, 2))
-        ]
-        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
 def start(corpus: Path, out: Path) -> subprocess.Popen:
@@ -133,7 +122,7 @@ def main() -> None:
     equal = runs = 0
     with tempfile.TemporaryDirectory() as root:
         corpus = Path(root) / "letters"
-        write_corpus(corpus)
+        tiny_runs.write_corpus(corpus, (600, 400, 100))
         undisturbed = Path(root) / "undisturbed"
         process = start(corpus, undisturbed)
         wait_for_training(process)

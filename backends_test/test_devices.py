@@ -178,7 +178,10 @@ def test_devices_that_are_not_there_are_refused(tiny, corpus_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="there it is one process")
+@pytest.mark.skipif(
+    BACKEND != "torch",
+    reason="on JAX and TensorFlow a run is one process: none dies alone",
+)
 def test_process_that_dies_ends_the_run_with_a_line(corpus_folder, tmp_path):
     """And the run goes on, on one device."""
     out = tmp_path / "run"

@@ -215,7 +215,7 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
         write_text(tmp_path / "runs" / "config.json", "new")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_disk_that_is_really_full_leaves_the_old_file(path):
     """No file of this process may pass 64 KiB: the system says so."""
     import resource

@@ -494,6 +494,24 @@ def test_interrupt_at_the_end_of_an_epoch_loses_nothing(train, interrupt_at):
     assert stopped["valid_perplexity"] is not None
 
 
+def test_stop_before_the_first_batch_leaves_a_run_to_go_on(
+    train, whole, monkeypatch
+):
+    expected, _ = whole()
+    begin = training_module._Keeper.__init__
+
+    def begin_and_stop(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        self.asked_to_stop = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module._Keeper, "__init__", begin_and_stop)
+        result = train()
+    assert (result["status"], result["best_epoch"]) == ("interrupted", None)
+    parts = train(resume=True)
+    np.testing.assert_allclose(figures(parts), expected, **SAME)
+
+
 def test_signal_that_comes_twice_at_once_is_one(train, interrupt_at):
     """`timeout` sends it to a process, and again to its group."""
     interrupt_at(4, times=2)

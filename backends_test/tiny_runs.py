@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(
+    folder: Path, num_lines: tuple[int, int, int] = (120, 15, 10)
+) -> Path:
     """Sentences with a rule: letters go on in their order."""
     generator = np.random.default_rng(5)
     folder.mkdir()
-    for split, num_lines in (("train", 120), ("valid", 15), ("test", 10)):
+    splits = ("train", "valid", "test")
+    for split, number in zip(splits, num_lines, strict=True):
         lines = [
             " ".join("abcdefgh"[(first + i) % 8] for i in range(length))
-            for first, length in generator.integers(1, 8, (num_lines, 2))
+            for first, length in generator.integers(1, 8, (number, 2))
         ]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return folder

@@ -316,7 +316,12 @@ class RunFolder:
                 file.attrs["valid_perplexity"] = valid_perplexity
 
     def describe_best_weights(self) -> dict[str, float]:
-        """Epoch and validation perplexity of what `save_best_weights` wrote."""
+        """Epoch and validation perplexity of what `save_best_weights` wrote.
+
+        Empty where it has written nothing yet.
+        """
+        if not self.best_weights.exists():
+            return {}
         with h5py.File(self.best_weights) as file:
             return {
                 "epoch": int(file.attrs["epoch"]),

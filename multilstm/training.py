@@ -1098,8 +1098,8 @@ def _finish(
 ) -> dict[str, Any]:
     folder, data, history = keeper.folder, keeper.data, keeper.history
     best = folder.describe_best_weights()
-    if math.isinf(best["valid_perplexity"]):  # stopped in its first epoch
-        best = {}
+    if math.isinf(best.get("valid_perplexity", math.inf)):
+        best = {}  # stopped in its first epoch, or before
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",
