@@ -324,6 +324,16 @@ def test_sampled_model_begins_as_the_exact_one(rng):
     np.testing.assert_allclose(numpy(sampled), numpy(exact), **CLOSE)
 
 
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="the others lay arrays out themselves"
+)
+def test_rows_of_the_sampled_words_are_in_one_piece():
+    """Else each step would transpose the gradient of all words."""
+    model = small_model("sampled")
+    model.build((4, 6))
+    assert model.projection.kernel.value.is_contiguous()
+
+
 def test_matrices_of_the_adaptive_softmax_are_draws_of_their_own():
     model = small_model("adaptive")
     model.build((1, 1))

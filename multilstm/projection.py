@@ -223,9 +223,11 @@ class SampledProjection(Projection):
 
     def _add_kernel(self, shape: tuple[int | None, int]) -> Any:
         def initialize(shape: Sequence[int], dtype: Any = None) -> Any:
-            # The numbers with which `Projection` begins.
+            # The numbers with which `Projection` begins. PyTorch would
+            # transpose by a view, and its rows would be far apart.
             kernel = self.kernel_initializer(shape[::-1], dtype=dtype)
-            return ops.transpose(kernel)
+            rows = ops.convert_to_numpy(kernel).T
+            return ops.convert_to_tensor(np.ascontiguousarray(rows))
 
         return self.add_weight(
             shape=shape[::-1], initializer=initialize, name="kernel"
