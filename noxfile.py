@@ -60,13 +60,15 @@ def test(session: nox.Session, backend: str) -> None:
     # The models of the tests are tiny. PyTorch's threads would only wait for
     # each other, ten times longer where the machine has other work.
     session.env.setdefault("OMP_NUM_THREADS", "1")
-    # JAX compiles the same tiny steps for many tests: each once is enough.
+    # JAX compiles the same tiny steps for many tests: once is enough.
     cache = session.create_tmp()
     session.env.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     for at_least in ("COMPILE_TIME_SECS", "ENTRY_SIZE_BYTES"):
         session.env[f"JAX_PERSISTENT_CACHE_MIN_{at_least}"] = "0"
+    # A file of tests stays in one process, with what its tests share.
+    processes = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
     session.run(
-        *("coverage", "run", "-m", "pytest", *session.posargs),
+        *("pytest", "--cov", "--cov-report=", *processes, *session.posargs),
     )
 
 
