@@ -12,10 +12,10 @@ if not os.environ.get("KERAS_BACKEND"):
         "jax, torch or tensorflow, or run nox."
     )
 
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
-if _CACHE in os.environ:
-    # JAX writes what it compiled in place: processes would read half of it.
-    os.environ[_CACHE] += "/" + os.environ.get("PYTEST_XDIST_WORKER", "alone")
+if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    # JAX writes what it compiled in place: others would read half of it.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 
 import keras
 import numpy as np
