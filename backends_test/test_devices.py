@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,27 +26,61 @@ SCRIPT = Path(devices_runs.__file__)
 SAME = {"rtol": 2e-5, "atol": 1e-6}
 
 
-def run_on_two(program, *arguments):
-    """Runs a Python program so that it has two devices."""
-    environment = os.environ | {
-        "PYTHONPATH": str(SCRIPT.parent),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-    }
-    ranks = [{}]
+def free_addresses(number):
+    """Of this machine, for processes to meet."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def environments_of_two():
+    """What the launchers of each framework set for two processes."""
+    addresses = free_addresses(2)
     if BACKEND == "torch":
-        ranks = [{"WORLD_SIZE": "2", "RANK": rank} for rank in "01"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, (program, *arguments))],
-            env=environment | rank,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ranks
+        host, port = addresses[0].split(":")
+        both = {"MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        return [both | {"RANK": rank} for rank in "01"]
+    if BACKEND == "jax":
+        name = "KERAS_DISTRIBUTION"
+        both = {
+            f"{name}_JOB_ADDRESSES": ",".join(addresses),
+            f"{name}_NUM_PROCESSES": "2",
+        }
+        return [both | {f"{name}_PROCESS_ID": rank} for rank in "01"]
+    tasks = [{"type": "worker", "index": rank} for rank in range(2)]
+    return [
+        {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}} | task)}
+        for task in ({"task": task} for task in tasks)
     ]
+
+
+def start(arguments, environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(process, out):
+    """The processes that it has started by then."""
+    while not RunFolder(out).has_checkpoint and process.poll() is None:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children()
+    return sorted(children, key=lambda child: child.environ().get("RANK", ""))
+
+
+def run_together(environments, *arguments):
+    """Runs a Python program in a process for each environment."""
+    processes = [start(arguments, each) for each in environments]
     errors = [process.communicate()[1][-2000:] for process in processes]
-    assert [p.returncode for p in processes] == [0] * len(ranks), errors
+    assert not any(process.returncode for process in processes), errors
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +110,35 @@ def two_devices(tmp_path_factory):
     )
     PRESETS.clear()
     PRESETS.update(before)
-    run_on_two(SCRIPT, root)
+    environments = environments_of_two() if BACKEND == "torch" else [{}]
+    run_together(environments, SCRIPT, root, "same", "on", "parts")
     return root
 
 
-def figures(folder):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of runs in two processes, each with one device."""
+    root = tmp_path_factory.mktemp("processes")
+    tiny_runs.write_corpus(root / "letters")
+    run_together(environments_of_two(), SCRIPT, root, "few")
+    return root
+
+
+ALL = ("train_perplexity", "valid_perplexity", "learning_rate")
+
+
+def figures(folder, names=ALL):
     result = json.loads((folder / "result.json").read_text())
-    names = ("train_perplexity", "valid_perplexity", "learning_rate")
     rows = [[row[name] for name in names] for row in result["history"]]
     return [*np.ravel(rows), result["test_perplexity"]]
+
+
+def check_parts_are_the_whole(root, preset):
+    """Weights bit for bit; a sum of losses that was stored is rounded."""
+    folders = [root / f"{preset}-{run}" for run in ("parts", "whole")]
+    np.testing.assert_allclose(*map(figures, folders), rtol=1e-6)
+    parts, whole = (figures(each, ["valid_perplexity"]) for each in folders)
+    assert parts == whole
 
 
 @pytest.fixture
@@ -116,6 +171,17 @@ def test_two_devices_are_one(preset, two_devices, one_device):
     assert result["devices"] == 2
 
 
+@pytest.mark.skipif(
+    BACKEND == "torch", reason="there two devices are always two processes"
+)
+def test_two_processes_are_one_device(two_processes, one_device):
+    """As on several hosts; and they stop within an epoch and go on."""
+    np.testing.assert_allclose(
+        figures(two_processes / "tiny_same-2"), one_device("tiny_same"), **SAME
+    )
+    check_parts_are_the_whole(two_processes, "tiny_awd")
+
+
 def test_run_goes_on_with_another_number_of_devices(two_devices, one_device):
     expected = one_device("tiny_same")
     np.testing.assert_allclose(
@@ -131,9 +197,8 @@ def test_run_goes_on_with_another_number_of_devices(two_devices, one_device):
 def test_devices_have_masks_of_their_own_that_come_back(
     preset, two_devices, one_device
 ):
+    check_parts_are_the_whole(two_devices, preset)
     whole = figures(two_devices / f"{preset}-whole")
-    parts = figures(two_devices / f"{preset}-parts")
-    np.testing.assert_allclose(parts, whole, **SAME)
     if BACKEND == "jax":
         pytest.skip("there masks are drawn for all rows, as on one device")
     alone = np.array(one_device(preset))
@@ -178,29 +243,45 @@ def test_devices_that_are_not_there_are_refused(tiny, corpus_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(
-    BACKEND != "torch",
-    reason="on JAX and TensorFlow a run is one process: none dies alone",
-)
 def test_process_that_dies_ends_the_run_with_a_line(corpus_folder, tmp_path):
     """And the run goes on, on one device."""
     out = tmp_path / "run"
     settings = ["--corpus", str(corpus_folder), "--out", str(out)]
-    command = [sys.executable, "-m", "multilstm", "train", *settings]
-    command += ["--epochs", "50", "--batch-size", "2", "--devices", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not RunFolder(out).has_checkpoint and process.poll() is None:
-        time.sleep(0.05)
-    [second] = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if child.environ()["RANK"] == "1"
-    ]
+    command = ["-m", "multilstm", "train", *settings]
+    command += ["--epochs", "500", "--batch-size", "2"]
+    if BACKEND == "torch":
+        first = start([*command, "--devices", "2"], {})
+        second = wait_for_checkpoint(first, out)[1]
+    else:
+        first, second = (start(command, each) for each in environments_of_two())
+        wait_for_checkpoint(first, out)
     second.kill()
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert "number 1 of 2 was ended by SIGKILL" in errors
+    if BACKEND != "torch":
+        second.communicate()
+    _, errors = first.communicate()
+    assert first.returncode != 0
+    told = "number 1 of 2 was ended by SIGKILL"
+    assert (told if BACKEND == "torch" else "another one ended") in errors
     lines = (out / "history.csv").read_text().splitlines()
     epochs = len(lines)  # one more than there are
     result = train(out=out, epochs=epochs, resume=True, progress=False)
     assert (result["status"], result["epochs"]) == ("finished", epochs)
+
+
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="only there one process starts others"
+)
+def test_processes_stop_when_their_launcher_dies(corpus_folder, tmp_path):
+    out = tmp_path / "run"
+    settings = ["--corpus", corpus_folder, "--out", out, "--epochs", "50000"]
+    settings += ["--batch-size", "2", "--devices", "2"]
+    launcher = start(["-m", "multilstm", "train", *settings], {})
+    children = wait_for_checkpoint(launcher, out)
+    launcher.kill()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    for child in alive:
+        child.kill()
+    launcher.communicate()
+    assert not alive
+    result = json.loads((out / "result.json").read_text())
+    assert result["status"] == "interrupted"

@@ -6,7 +6,6 @@ Arguments are read, the backend is chosen, and only then Keras is imported.
 import dataclasses
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from rich.table import Table
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
 from multilstm.files import finite_or_none, write_json
-from multilstm.launch import launch, was_launched
+from multilstm.launch import is_first, launch, was_launched
 from multilstm.presets import find_preset
 from multilstm.selection import (
     compare,
@@ -822,9 +821,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Word-level LSTM language models on any Keras backend.",
         args=arguments,
     )
-    is_first = os.environ.get("RANK", "0") == "0"  # of a launcher's processes
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first)
-    if not is_first:
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    if not is_first():
         logging.disable(logging.WARNING)
     try:
         if isinstance(options, OnBackend):
@@ -839,16 +837,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = COMMANDS[type(options)](options, console)
     except ProcessLostError as error:
         # Where the first is lost, whoever lost it has said why.
-        return _fail(str(error)) if is_first else 1
+        return _fail(str(error)) if is_first() else 1
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    if options.json and is_first:
+    if options.json and is_first():
         print(json.dumps(finite_or_none(record), allow_nan=False))
-    if record.get("status") == "interrupted" and not is_first:
+    if record.get("status") == "interrupted" and not is_first():
         return 1
     if record.get("status") == "interrupted":
         return _fail(

@@ -18,6 +18,7 @@ _NO_MEMORY = re.compile(
 )
 _PROCESS_LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|\bgloo\b|NCCL error"
+    r"|Collective ops is aborted"
 )
 _DEVICE_LOST = re.compile(
     r"CUDA_ERROR|CUDA error|CUDA driver error|GPU is lost|device.{0,20}lost"

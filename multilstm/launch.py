@@ -4,6 +4,7 @@ What PyTorch needs: its processes find each other by what `torchrun` sets in
 their environment too. One that dies ends all.
 """
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 from multilstm.errors import UserError
 
+_LAUNCHER = "MULTILSTM_LAUNCHER"
 _MOST_DEVICES = 64  # of one machine; `torchrun` starts several machines
 
 
@@ -31,7 +33,31 @@ def check_count(count: int) -> None:
 
 def was_launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    return "WORLD_SIZE" in os.environ
+    return _rank() is not None
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return not _rank()
+
+
+def _rank() -> int | None:
+    """The number of this process; None where it was started alone.
+
+    As `torchrun` has it, as `keras.distribution.initialize` reads it, and as
+    TensorFlow does.
+    """
+    for name in ("RANK", "KERAS_DISTRIBUTION_PROCESS_ID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    task = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task")
+    return int(task["index"]) if task else None
+
+
+def was_orphaned() -> bool:
+    """Whether `launch` started this process and is no more."""
+    launcher = os.environ.get(_LAUNCHER)
+    return launcher is not None and os.getppid() != int(launcher)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -70,6 +96,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                     "WORLD_SIZE": str(count),
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
+                    _LAUNCHER: str(os.getpid()),
                 },
                 # Or a terminal would send them each Ctrl-C once more.
                 start_new_session=True,

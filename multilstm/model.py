@@ -32,6 +32,7 @@ from multilstm.layers import (
 from multilstm.ops import (
     feed,
     fuse_optimizer,
+    logs_to_reduce,
     make_train_function,
     rows_here,
     scale_loss,
@@ -475,7 +476,8 @@ class LanguageModel(keras.Model):
         if self._rows is not None:
             batch = self._slice(batch[0], *self._rows)
         with self._give_features(), self._scale_rate(batch):
-            return super().train_step(*state, batch)
+            found = super().train_step(*state, batch)
+        return found if state else logs_to_reduce(found)
 
     def test_step(self, *args: Any) -> Any:
         """As Keras's, its loss from features rather than logits."""

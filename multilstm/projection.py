@@ -223,11 +223,11 @@ class SampledProjection(Projection):
 
     def _add_kernel(self, shape: tuple[int | None, int]) -> Any:
         def initialize(shape: Sequence[int], dtype: Any = None) -> Any:
-            # The numbers with which `Projection` begins. PyTorch would
-            # transpose by a view, and its rows would be far apart.
+            # The numbers with which `Projection` begins; flat in between,
+            # as PyTorch transposes by a view and leaves rows far apart.
             kernel = self.kernel_initializer(shape[::-1], dtype=dtype)
-            rows = ops.convert_to_numpy(kernel).T
-            return ops.convert_to_tensor(np.ascontiguousarray(rows))
+            flat = ops.reshape(ops.transpose(kernel), (-1,))
+            return ops.reshape(flat, shape)
 
         return self.add_weight(
             shape=shape[::-1], initializer=initialize, name="kernel"

@@ -279,10 +279,10 @@ class RunFolder:
         for name, variable in _state_of(model).items():
             if getattr(variable, "is_carried_state", False):
                 array = self.devices.all_rows(variable)
+            elif name.startswith("metrics/"):
+                array = self.devices.whole_sum(variable).astype(variable.dtype)
             else:
                 array = keras.ops.convert_to_numpy(variable)
-            if name.startswith("metrics/") and self.devices.num_processes > 1:
-                array = self.devices.total(array).astype(np.float32)
             arrays[name] = np.asarray(array)
         return arrays
 
@@ -293,10 +293,10 @@ class RunFolder:
             array = arrays[name]
             if getattr(variable, "is_carried_state", False):
                 self.devices.assign_rows(variable, array)
-                continue
-            if name.startswith("metrics/") and self.devices.rank:
-                array = np.zeros_like(array)  # the first has all of them
-            variable.assign(array)
+            elif name.startswith("metrics/"):
+                self.devices.assign_sum(variable, array)
+            else:
+                variable.assign(array)
 
     def save_best_weights(
         self, model: Any, epoch: int, valid_perplexity: float

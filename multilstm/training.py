@@ -37,7 +37,7 @@ from multilstm.errors import UserError
 from multilstm.evaluation import STATE, TOKENS, Evaluation, Evaluator
 from multilstm.failures import explaining_failures
 from multilstm.files import finite_or_none, read_json, write_json
-from multilstm.launch import check_count
+from multilstm.launch import check_count, was_orphaned
 from multilstm.model import LanguageModel, make_optimizer
 from multilstm.ops import (
     Devices,
@@ -812,7 +812,7 @@ class _Keeper(keras.callbacks.Callback):
         since = time.perf_counter() - self._saved
         is_bad, self.asked_to_stop, is_due = self.devices.any(
             not math.isfinite(loss),
-            self.asked_to_stop,
+            self.asked_to_stop or was_orphaned(),
             since >= self.checkpoint_seconds,
         )
         if is_bad:
@@ -866,8 +866,9 @@ class _Keeper(keras.callbacks.Callback):
     def _train_perplexity(self) -> float:
         """Of the epoch, on all devices, summed in float64."""
         metric = self.model.perplexity
-        nats, tokens = self.devices.total(
-            [_number(metric.nats), _number(metric.tokens)]
+        nats, tokens = (
+            self.devices.whole_sum(part)
+            for part in (metric.nats, metric.tokens)
         )
         return Evaluation(float(nats), int(tokens)).perplexity
 
@@ -1132,6 +1133,7 @@ def _finish(
         "history": history,
     }
     if not keeper.interrupted:
+        folder.devices.total(0)  # until the first has written them
         kept, _, _ = load_run(folder.path)
         keeper.evaluator.model.set_weights(kept.get_weights())
         result["test_perplexity"] = keeper.evaluator(data.test).perplexity

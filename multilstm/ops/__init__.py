@@ -10,6 +10,7 @@ from multilstm.ops.evidence import explain_once, last_kernel
 from multilstm.ops.parallel import (
     Devices,
     add_gradients,
+    logs_to_reduce,
     rows_here,
     scale_loss,
     starts_singly,
@@ -42,7 +43,7 @@ if keras.config.backend() == "jax":
         steps_per_dispatch,
         sync_variables,
     )
-    from multilstm.ops.parallel_jax import use_devices
+    from multilstm.ops.parallel_jax import rows_here, use_devices
 elif keras.config.backend() == "torch":
     from multilstm.ops.parallel_torch import add_gradients, use_devices
     from multilstm.ops.torch import (
@@ -56,6 +57,7 @@ elif keras.config.backend() == "torch":
 elif keras.config.backend() == "tensorflow":
     from multilstm.ops.parallel_tensorflow import (
         add_gradients,
+        logs_to_reduce,
         rows_here,
         scale_loss,
         starts_singly,
@@ -94,6 +96,7 @@ __all__ = [
     "has_xla",
     "last_kernel",
     "linear_cross_entropy",
+    "logs_to_reduce",
     "lstm",
     "lstm_stack",
     "make_train_function",

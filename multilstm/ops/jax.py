@@ -564,4 +564,4 @@ def device_name() -> str:
 
 def _device_memory() -> int | None:
     """Bytes of the accelerator's memory, where there is one that tells."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

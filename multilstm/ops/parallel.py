@@ -60,6 +60,14 @@ class Devices:
         """Gives each device its rows of a carried state."""
         variable.assign(value)
 
+    def whole_sum(self, variable: Any) -> Any:
+        """A metric's sum over rows, over those of all devices, in float64."""
+        return np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
+
+    def assign_sum(self, variable: Any, value: Any) -> None:
+        """Gives devices sums that make this one."""
+        variable.assign(value)
+
     def spread_seed(self, variable: Any) -> None:
         """Lets devices draw a mask of their own for their rows.
 
@@ -106,6 +114,11 @@ def add_gradients(optimizer: Any, gradients: list[Any]) -> list[Any]:
 def scale_loss(loss: Any) -> Any:
     """What of a mean over a device's rows is its part of that over all."""
     return loss
+
+
+def logs_to_reduce(logs: Any) -> Any:
+    """What a step logs, as Keras takes it to make one of all devices'."""
+    return logs
 
 
 def starts_singly(model: Any) -> bool:

@@ -1,11 +1,14 @@
 """JAX: the arrays of a step lie on all devices, their rows in parts."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import keras
+import numpy as np
+from jax.experimental import multihost_utils
 
 from multilstm.errors import UserError
 from multilstm.ops import parallel
@@ -23,10 +26,14 @@ class _RowsParallel(keras.distribution.DataParallel):
 
 
 class _Mesh(parallel.Devices):
-    def __init__(self, count: int) -> None:
-        self.count = count
-        devices = [f"{d.platform}:{d.id}" for d in jax.devices()[:count]]
-        self.distribution = _RowsParallel(devices=devices)
+    def __init__(self, devices: list[Any]) -> None:
+        self.count = len(devices)
+        self.rank = jax.process_index()
+        self.num_processes = jax.process_count()
+        names = [f"{device.platform}:{device.id}" for device in devices]
+        self.distribution = _RowsParallel(
+            devices=names, auto_shard_dataset=False
+        )
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -44,24 +51,93 @@ class _Mesh(parallel.Devices):
         finally:
             keras.distribution.set_distribution(before)
 
+    def part(self, batches: Any) -> Any:
+        if self.num_processes == 1:
+            return batches
+        from multilstm.dataset import PartOfRows
+
+        return PartOfRows(batches, self.rank, self.num_processes)
+
+    def all_rows(self, variable: Any) -> Any:
+        if self.num_processes == 1:
+            return super().all_rows(variable)
+        return multihost_utils.process_allgather(variable.value, tiled=True)
+
+    def total(self, value: Any) -> Any:
+        return self._of_all(value).sum(axis=0)
+
+    def any(self, *flags: bool) -> list[bool]:
+        return [bool(number) for number in self.total(flags)]
+
+    def from_first(self, number: float) -> float:
+        return float(self._of_all(number)[0])
+
+    def _of_all(self, value: Any) -> Any:
+        """What each process has, in float64: as bits, which JAX leaves so."""
+        array = np.asarray(value, np.float64)
+        if self.num_processes == 1:
+            return array[None]
+        bits = array.reshape(-1).view(np.uint32)
+        bits = np.asarray(multihost_utils.process_allgather(bits))
+        return bits.view(np.float64).reshape(-1, *array.shape)
+
 
 def use_devices(count: int | None) -> parallel.Devices:
-    """As `parallel.use_devices`: GPUs, or as many parts of the CPU."""
+    """As `parallel.use_devices`: GPUs, or as many parts of the CPU.
+
+    Of all processes, where they were started with the environment that
+    `keras.distribution.initialize` reads.
+    """
+    if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+        if not jax.distributed.is_initialized():
+            _join()
+        return _mesh_of(count or jax.device_count())
     if count is None or count == 1:
         return parallel.Devices()
-    try:  # what matters only where there is no GPU
+    with suppress(RuntimeError):  # too late; there may be as many already
+        # It matters only where there is no GPU.
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:
-        if len(jax.devices()) < count:
-            kind = f"{jax.default_backend()} devices"
-            found = len(jax.devices())
-            raise parallel.too_few(kind, count, found) from error
-    found = len(jax.devices())
-    if found < count:
-        raise parallel.too_few(f"{jax.default_backend()} devices", count, found)
-    if jax.process_count() > 1:
-        raise UserError(
-            "--devices is for one host on JAX; received "
-            f"{jax.process_count()} processes. Start one process."
+    return _mesh_of(count)
+
+
+def _join() -> None:
+    """As `keras.distribution.initialize`.
+
+    But a process that fails does not wait five minutes for the others.
+    """
+    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+    try:
+        addresses, count, rank = (
+            os.environ[f"KERAS_DISTRIBUTION_{name}"] for name in names
         )
-    return _Mesh(count)
+        jax.distributed.initialize(
+            addresses.split(",")[0],
+            int(count),
+            int(rank),
+            shutdown_timeout_seconds=10,
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            "Several processes on JAX need KERAS_DISTRIBUTION_JOB_ADDRESSES, "
+            "the first one's host:port, KERAS_DISTRIBUTION_NUM_PROCESSES and "
+            f"KERAS_DISTRIBUTION_PROCESS_ID; received {error}."
+        ) from error
+
+
+def _mesh_of(count: int) -> _Mesh:
+    found = jax.devices()
+    if len(found) < count:
+        kind = f"{jax.default_backend()} devices"
+        raise parallel.too_few(kind, count, len(found))
+    if jax.process_count() > 1 and len(found) > count:
+        raise UserError(
+            f"--devices {count} must be all devices of the "
+            f"{jax.process_count()} processes; they have {len(found)}. Leave "
+            "it out."
+        )
+    return _Mesh(found[:count])
+
+
+def rows_here(num_rows: int) -> int:
+    """As `parallel.rows_here`: a step sees the rows of all processes."""
+    return num_rows * int(jax.process_count())

@@ -1,5 +1,10 @@
-"""TensorFlow: one process, which mirrors the weights on its devices."""
+"""TensorFlow: the weights are mirrored on the devices of a process, or of many.
 
+Many are started with TF_CONFIG, as TensorFlow has it, one for each device.
+"""
+
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -41,6 +46,49 @@ class _Mirrored(parallel.Devices):
             mine.assign(state.astype(mine.dtype.as_numpy_dtype))
 
 
+class _Workers(_Mirrored):
+    """A process of several, each with one device."""
+
+    def __init__(self) -> None:
+        self.strategy = workers()
+        resolver = self.strategy.cluster_resolver
+        self.rank = resolver.task_id
+        self.num_processes = len(resolver.cluster_spec().as_dict()["worker"])
+        self.count = self.num_parts = self.strategy.num_replicas_in_sync
+
+    def part(self, batches: Any) -> Any:
+        from multilstm.dataset import PartOfRows
+
+        return PartOfRows(batches, self.rank, self.num_parts)
+
+    def all_rows(self, variable: Any) -> Any:
+        return np.concatenate(self._of_all(super().all_rows(variable)))
+
+    def assign_rows(self, variable: Any, value: Any) -> None:
+        [mine] = self._on_each(variable)
+        mine.assign(np.split(np.asarray(value), self.count)[self.rank])
+
+    def spread_seed(self, variable: Any) -> None:
+        [mine] = self._on_each(variable)
+        state = parallel.far_seed(mine.numpy(), self.rank)
+        mine.assign(state.astype(mine.dtype.as_numpy_dtype))
+
+    def total(self, value: Any) -> Any:
+        return self._of_all(np.asarray(value, np.float64)).sum(axis=0)
+
+    def any(self, *flags: bool) -> list[bool]:
+        return [bool(number) for number in self.total(flags)]
+
+    def from_first(self, number: float) -> float:
+        return float(self._of_all(np.float64(number))[0])
+
+    def _of_all(self, value: Any) -> Any:
+        """What each process has."""
+        of_all = np.zeros((self.count, *value.shape), value.dtype)
+        of_all[self.rank] = value
+        return _sum_over_workers(tf.constant(of_all)).numpy()
+
+
 @cache
 def _strategy(kind: str, count: int) -> Any:
     """One for a process: a second one would number its messages alike."""
@@ -48,8 +96,54 @@ def _strategy(kind: str, count: int) -> Any:
     return tf.distribute.MirroredStrategy(devices)
 
 
+@tf.function
+def _sum_over_workers(value: Any) -> Any:
+    def add(mine: Any) -> Any:
+        replica = tf.distribute.get_replica_context()
+        placed = tf.identity(mine)  # an argument is on no device
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+
+    return workers().run(add, args=(value,))
+
+
+@cache
+def workers() -> Any:
+    """The strategy of the processes that were started together.
+
+    None where this process was started alone. TensorFlow has to hear of it
+    before it computes anything.
+    """
+    if not _num_workers():
+        return None
+    # NCCL on GPUs, gRPC else.
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def _num_workers() -> int:
+    """As TF_CONFIG tells; 0 where it is not set."""
+    cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
+    return len(cluster.get("worker", []))
+
+
 def use_devices(count: int | None) -> parallel.Devices:
-    """As `parallel.use_devices`: GPUs, or as many parts of the CPU."""
+    """As `parallel.use_devices`: GPUs, or as many parts of the CPU.
+
+    Or a device of each process, where TF_CONFIG tells of several.
+    """
+    started = _num_workers()
+    if started:
+        if count not in (None, started):
+            raise UserError(
+                f"--devices {count} must be the number of processes of "
+                f"TF_CONFIG, each with one device; it has {started}. Leave "
+                "it out."
+            )
+        if len(tf.config.list_physical_devices("GPU")) > 1:
+            raise UserError(
+                "Several processes on TensorFlow need one for each GPU; this "
+                "one sees more. Give each its own by CUDA_VISIBLE_DEVICES."
+            )
+        return _Workers()
     if count is None or count == 1:
         return parallel.Devices()
     gpus = tf.config.list_physical_devices("GPU")
@@ -91,6 +185,17 @@ def scale_loss(loss: Any) -> Any:
     return loss / _num_replicas() if _has_replicas() else loss
 
 
+def logs_to_reduce(logs: Any) -> Any:
+    """As `parallel.logs_to_reduce`.
+
+    Keras 3.15.1 takes the mean of processes' logs along a first axis, which
+    numbers do not have.
+    """
+    if workers() is None:
+        return logs
+    return {name: value[None] for name, value in logs.items()}
+
+
 def starts_singly(model: Any) -> bool:
     """As `parallel.starts_singly`.
 
@@ -102,7 +207,9 @@ def starts_singly(model: Any) -> bool:
 
 def rows_here(num_rows: int) -> int:
     """As `parallel.rows_here`: a replica sees its rows alone."""
-    return num_rows // _num_replicas() if _has_replicas() else num_rows
+    if workers() is not None or not _has_replicas():
+        return num_rows
+    return num_rows // _num_replicas()
 
 
 def _num_replicas() -> int:

@@ -45,6 +45,13 @@ class _Processes(parallel.Devices):
     def assign_rows(self, variable: Any, value: Any) -> None:
         variable.assign(np.split(np.asarray(value), self.count)[self.rank])
 
+    def whole_sum(self, variable: Any) -> Any:
+        return self.total(super().whole_sum(variable))
+
+    def assign_sum(self, variable: Any, value: Any) -> None:
+        # The first has all of it.
+        variable.assign(np.zeros_like(value) if self.rank else value)
+
     def spread_seed(self, variable: Any) -> None:
         variable.assign(parallel.far_seed(variable.value, self.rank))
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from multilstm.ops import reference
 from multilstm.ops.evidence import explain_once, note_kernel
+from multilstm.ops.parallel_tensorflow import workers
 
 # Where TensorFlow does not know the number of tokens when it traces a step,
 # chunks of logits are made for this many.
@@ -543,7 +544,22 @@ def feed(dataset: Any, *, shuffle: bool) -> Any:
         ).apply(tf.data.experimental.assert_cardinality(len(dataset)))
     options = tf.data.Options()
     options.autotune.enabled = False
-    return batches.with_options(options)
+    batches = batches.with_options(options)
+    return batches if workers() is None else _dealt(batches)
+
+
+def _dealt(batches: Any) -> Any:
+    """The dataset as one that a strategy has dealt out.
+
+    It has the rows of this process already. Keras would have its strategy
+    deal them out once more, whole batches to each.
+    """
+
+    class Dealt(type(batches), tf.distribute.DistributedDataset):  # type: ignore
+        pass
+
+    batches.__class__ = Dealt
+    return batches
 
 
 def check_rows(batch: Any, rows: int) -> None:
