@@ -15,9 +15,18 @@ import psutil
 import pytest
 import tiny_runs
 
-from multilstm import PRESETS, evaluate, load_corpus, load_run, train
+from multilstm import (
+    PRESETS,
+    evaluate,
+    load_corpus,
+    load_run,
+    train,
+    training,
+)
 from multilstm.dataset import ContinuousStreams, PartOfRows, VariableStreams
 from multilstm.errors import UserError
+from multilstm.launch import place_among_processes
+from multilstm.ops import Devices
 from multilstm.run_folder import RunFolder
 
 BACKEND = keras.config.backend()
@@ -233,6 +242,78 @@ def test_parts_are_the_rows_of_each_batch(kind, rng):
         for arrays in zip(batches[k], *(p[k] for p in parts), strict=True):
             whole, *rest = arrays
             np.testing.assert_array_equal(np.concatenate(rest), whole)
+
+
+TWO = '"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker"'
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment", "place"),
+    [
+        ("torch", {}, (0, 1)),
+        ("torch", {"WORLD_SIZE": "4", "RANK": "3"}, (3, 4)),
+        ("torch", {"RANK": "3"}, (0, 1)),  # of another program
+        ("jax", {"WORLD_SIZE": "4", "RANK": "3"}, (0, 1)),
+        (
+            "jax",
+            {
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": "1",
+            },
+            (1, 2),
+        ),
+        ("tensorflow", {"TF_CONFIG": "{" + TWO + ', "index": 1}}'}, (1, 2)),
+        ("tensorflow", {"TF_CONFIG": ""}, (0, 1)),
+        ("tensorflow", {"TF_CONFIG": '{"cluster": {"chief": ["a"]}}'}, (0, 1)),
+        ("torch", {"TF_CONFIG": "{" + TWO + ', "index": 1}}'}, (0, 1)),
+    ],
+)
+def test_launchers_tell_each_backend_the_place(
+    backend, environment, place, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place_among_processes(backend) == place
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment", "message"),
+    [
+        ("torch", {"WORLD_SIZE": "2"}, "WORLD_SIZE and RANK must both"),
+        ("torch", {"WORLD_SIZE": "two"}, "must both be numbers.*'two'"),
+        ("tensorflow", {"TF_CONFIG": "{"}, "TF_CONFIG must be JSON"),
+        ("tensorflow", {"TF_CONFIG": "[]"}, "TF_CONFIG must be JSON"),
+        ("tensorflow", {"TF_CONFIG": "{" + TWO + "}}"}, "and index.*'index'"),
+        (
+            "tensorflow",
+            {
+                "TF_CONFIG": '{"cluster": {"chief": ["a"], "worker": ["b"]}, '
+                '"task": {"type": "chief", "index": 0}}'
+            },
+            "workers alone.*received chief, worker",
+        ),
+    ],
+)
+def test_environments_that_tell_no_place_are_refused(
+    backend, environment, message, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        place_among_processes(backend)
+
+
+def test_processes_that_would_train_different_runs_are_refused(
+    tiny, corpus_folder, tmp_path, monkeypatch
+):
+    class OfAnother(Devices):
+        def from_first(self, number):
+            return number + 1
+
+    monkeypatch.setattr(training, "use_devices", lambda count: OfAnother())
+    with pytest.raises(UserError, match="must train the same"):
+        train(tiny, corpus=corpus_folder, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices_that_are_not_there_are_refused(tiny, corpus_folder, tmp_path):

@@ -502,7 +502,7 @@ def test_stop_before_the_first_batch_leaves_a_run_to_go_on(
 
     def begin_and_stop(self, *arguments, **settings):
         begin(self, *arguments, **settings)
-        self.asked_to_stop = True
+        self.signalled = True
 
     with monkeypatch.context() as patch:
         patch.setattr(training_module._Keeper, "__init__", begin_and_stop)

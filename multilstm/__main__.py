@@ -19,7 +19,7 @@ from rich.table import Table
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
 from multilstm.files import finite_or_none, write_json
-from multilstm.launch import is_first, launch, was_launched
+from multilstm.launch import launch, place_among_processes
 from multilstm.presets import find_preset
 from multilstm.selection import (
     compare,
@@ -821,32 +821,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Word-level LSTM language models on any Keras backend.",
         args=arguments,
     )
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    if not is_first():
-        logging.disable(logging.WARNING)
+    console = Console(highlight=False, soft_wrap=True)
+    is_first = True
     try:
         if isinstance(options, OnBackend):
             shape = _shape_of(options) if isinstance(options, Train) else None
             backend, reason = select_backend(options.backend, shape)
+            count = 1
+            if isinstance(options, Train):
+                rank, started = place_among_processes(backend)
+                is_first = rank == 0
+                count = options.devices or 1
+            if not is_first:
+                console.quiet = True
+                logging.disable(logging.WARNING)
             console.print(f"backend: {backend} ({reason})")
-            count = options.devices if isinstance(options, Train) else None
-            if backend == "torch" and not was_launched() and (count or 1) > 1:
+            if backend == "torch" and count > 1 and started == 1:
                 given = sys.argv[1:] if arguments is None else arguments
-                return launch(count or 1, [*given, "--backend", backend])
+                return launch(count, [*given, "--backend", backend])
         with explaining_failures():
             record = COMMANDS[type(options)](options, console)
     except ProcessLostError as error:
         # Where the first is lost, whoever lost it has said why.
-        return _fail(str(error)) if is_first() else 1
+        return _fail(str(error)) if is_first else 1
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    if options.json and is_first():
+    if options.json and is_first:
         print(json.dumps(finite_or_none(record), allow_nan=False))
-    if record.get("status") == "interrupted" and not is_first():
+    if record.get("status") == "interrupted" and not is_first:
         return 1
     if record.get("status") == "interrupted":
         return _fail(

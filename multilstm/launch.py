@@ -31,27 +31,61 @@ def check_count(count: int) -> None:
         )
 
 
+_VARIABLES = {  # how many there are, and which one this is
+    "torch": ("WORLD_SIZE", "RANK"),
+    "jax": (
+        "KERAS_DISTRIBUTION_NUM_PROCESSES",
+        "KERAS_DISTRIBUTION_PROCESS_ID",
+    ),
+}
+
+
 def was_launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return _rank() is not None
+    """Whether a launcher may have started this process as one of several."""
+    names = [*sum(_VARIABLES.values(), ()), "TF_CONFIG"]
+    return any(name in os.environ for name in names)
 
 
-def is_first() -> bool:
-    """Whether this process is the only one, or the first of several."""
-    return not _rank()
+def place_among_processes(backend: str) -> tuple[int, int]:
+    """The number of this process, and how many were started together.
 
+    As `torchrun` tells, as `keras.distribution.initialize` reads it, and as
+    TensorFlow does; `(0, 1)` for one that was started alone.
 
-def _rank() -> int | None:
-    """The number of this process; None where it was started alone.
-
-    As `torchrun` has it, as `keras.distribution.initialize` reads it, and as
-    TensorFlow does.
+    Raises:
+        UserError: If the environment does not tell that.
     """
-    for name in ("RANK", "KERAS_DISTRIBUTION_PROCESS_ID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    task = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task")
-    return int(task["index"]) if task else None
+    if backend == "tensorflow":
+        return _place_in_cluster(os.environ.get("TF_CONFIG") or "{}")
+    count, rank = _VARIABLES.get(backend, ("", ""))
+    try:
+        started = int(os.environ.get(count) or 1)
+        return (int(os.environ[rank]), started) if started > 1 else (0, 1)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{count} and {rank} must both be numbers, or not be set; "
+            f"received {error}."
+        ) from error
+
+
+def _place_in_cluster(text: str) -> tuple[int, int]:
+    try:
+        config = json.loads(text)
+        tasks = {k: len(v) for k, v in config.get("cluster", {}).items()}
+        if sum(tasks.values()) < 2:
+            return 0, 1
+        kind, rank = config["task"]["type"], int(config["task"]["index"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "TF_CONFIG must be JSON with a cluster of workers and this task's "
+            f"type and index, or not be set; received {error}: {text[:80]}."
+        ) from error
+    if kind != "worker" or set(tasks) != {"worker"}:
+        raise UserError(
+            "TF_CONFIG must have workers alone, the first of which writes; "
+            f"received {', '.join(tasks)}, this one as {kind}."
+        )
+    return rank, tasks["worker"]
 
 
 def was_orphaned() -> bool:

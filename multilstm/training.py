@@ -171,7 +171,8 @@ def train(
         retries: How often a run whose loss is no number any more goes back
             to its last checkpoint and on at half the learning rate.
         devices: How many GPUs, or parts of a CPU, share the rows of a batch.
-            Default: one, or as many processes as `torchrun` has started.
+            Default: one, or those of all processes that a launcher of the
+            framework has started.
         max_vocabulary: Keep the most frequent words only; see `load_corpus`.
         unknown: `"error"` or `"drop"`; see `load_corpus`.
         data_folder: Where downloaded corpora lie; see `load_corpus`.
@@ -261,6 +262,7 @@ def _train(
     _check_splits(data)
     _cut(plan, data.train[: settings["train_tokens"]], 0, 0)  # if it can be
     part_of_rows(plan.batch_size, folder.devices.count)
+    _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held():
         return _train_held(
             folder,
@@ -269,6 +271,23 @@ def _train(
             data,
             resuming=resuming,
             progress=progress,
+        )
+
+
+def _check_all_train_the_same(
+    devices: Devices, settings: dict[str, Any], plan: Preset, data: Corpus
+) -> None:
+    """Of processes that were started on several hosts, by hand perhaps."""
+    places = ("corpus", "starts_from")  # may lie elsewhere there
+    asked = {k: v for k, v in settings.items() if k not in places}
+    text = repr((data.sha256, sorted(asked.items()), dataclasses.asdict(plan)))
+    digest = hashlib.sha256(text.encode()).digest()
+    mine = int.from_bytes(digest[:6], "big")  # a float64 has 53 bits
+    if any(devices.any(mine != devices.from_first(mine))):
+        raise UserError(
+            "All processes of a run must train the same; they were given other "
+            "options or another text. Start them with one command, on one "
+            "corpus folder (python-docs changes with the version of Python)."
         )
 
 
@@ -752,7 +771,8 @@ class _Keeper(keras.callbacks.Callback):
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
-        self.asked_to_stop = False
+        self.signalled = False  # this process, which may be one of several
+        self.asked_to_stop = False  # any of them, as all know
         self.start_perplexity = folder.read_config().get(
             "start_valid_perplexity", math.inf
         )
@@ -785,6 +805,11 @@ class _Keeper(keras.callbacks.Callback):
         return self.patience is not None and since_best >= self.patience
 
     @property
+    def is_to_stop(self) -> bool:
+        """Whether this process was told to stop, or has none to obey."""
+        return self.signalled or was_orphaned()
+
+    @property
     def interrupted(self) -> bool:
         """Whether a person stopped the run before its end."""
         return self.asked_to_stop and not self.has_ended
@@ -794,7 +819,7 @@ class _Keeper(keras.callbacks.Callback):
             # Keras and the reset of carried states began an epoch; this one
             # goes on in its middle.
             _load_checkpoint(self.folder, self.model)
-        self._first_batch = self.num_batches
+        self._first_batch = self._talked = self.num_batches
         self._saved = time.perf_counter()
         self._began = self._saved - self.seconds
 
@@ -804,15 +829,17 @@ class _Keeper(keras.callbacks.Callback):
         done = self._first_batch + batch + 1
         self.num_batches = min(done, self.steps_per_epoch)
         is_last = self.num_batches == self.steps_per_epoch
+        since_talk = self.num_batches - self._talked
         if self.devices.num_processes > 1 and not (
-            is_last or self.num_batches % _BATCHES_BETWEEN_TALKS == 0
+            is_last or since_talk >= _BATCHES_BETWEEN_TALKS
         ):
             return
+        self._talked = self.num_batches
         loss = (logs or {}).get("loss", 0.0)
         since = time.perf_counter() - self._saved
         is_bad, self.asked_to_stop, is_due = self.devices.any(
             not math.isfinite(loss),
-            self.asked_to_stop or was_orphaned(),
+            self.is_to_stop,
             since >= self.checkpoint_seconds,
         )
         if is_bad:
@@ -979,7 +1006,7 @@ def _fit(
     with _stop_on_interrupt(keeper):
         try:
             while not keeper.has_ended:
-                [keeper.asked_to_stop] = devices.any(keeper.asked_to_stop)
+                [keeper.asked_to_stop] = devices.any(keeper.is_to_stop)
                 if keeper.asked_to_stop:
                     break
                 epoch = len(keeper.history)
@@ -1044,16 +1071,16 @@ def _stop_on_interrupt(keeper: _Keeper) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         nonlocal first
         now = time.monotonic()
-        if keeper.asked_to_stop and now - first < _SECONDS_OF_ONE_SIGNAL:
+        if keeper.signalled and now - first < _SECONDS_OF_ONE_SIGNAL:
             return
-        if keeper.asked_to_stop:
+        if keeper.signalled:
             signal.signal(number, before[number])
             signal.raise_signal(number)
             return
         first = now
         again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         logger.warning("Stopping after this batch; %s again: at once", again)
-        keeper.asked_to_stop = True
+        keeper.signalled = True
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1139,4 +1166,5 @@ def _finish(
         result["test_perplexity"] = keeper.evaluator(data.test).perplexity
     if not folder.devices.rank:
         write_json(folder.result, finite_or_none(result))
+    folder.devices.total(0)  # none goes before the first has written
     return result

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from multilstm.errors import UserError
+from multilstm.launch import place_among_processes
 from multilstm.ops import parallel
 
 
@@ -88,9 +89,10 @@ def use_devices(count: int | None) -> parallel.Devices:
     Of all processes, where they were started with the environment that
     `keras.distribution.initialize` reads.
     """
-    if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+    rank, started = place_among_processes("jax")
+    if started > 1:
         if not jax.distributed.is_initialized():
-            _join()
+            _join(rank, started)
         return _mesh_of(count or jax.device_count())
     if count is None or count == 1:
         return parallel.Devices()
@@ -100,28 +102,23 @@ def use_devices(count: int | None) -> parallel.Devices:
     return _mesh_of(count)
 
 
-def _join() -> None:
+def _join(rank: int, started: int) -> None:
     """As `keras.distribution.initialize`.
 
     But a process that fails does not wait five minutes for the others.
     """
-    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
-    try:
-        addresses, count, rank = (
-            os.environ[f"KERAS_DISTRIBUTION_{name}"] for name in names
-        )
-        jax.distributed.initialize(
-            addresses.split(",")[0],
-            int(count),
-            int(rank),
-            shutdown_timeout_seconds=10,
-        )
-    except (KeyError, ValueError) as error:
+    name = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
+    if not os.environ.get(name):
         raise UserError(
-            "Several processes on JAX need KERAS_DISTRIBUTION_JOB_ADDRESSES, "
-            "the first one's host:port, KERAS_DISTRIBUTION_NUM_PROCESSES and "
-            f"KERAS_DISTRIBUTION_PROCESS_ID; received {error}."
-        ) from error
+            f"{started} processes on JAX need {name}, host:port of the first; "
+            "it is not set."
+        )
+    jax.distributed.initialize(
+        os.environ[name].split(",")[0],
+        started,
+        rank,
+        shutdown_timeout_seconds=10,
+    )
 
 
 def _mesh_of(count: int) -> _Mesh:
@@ -140,4 +137,6 @@ def _mesh_of(count: int) -> _Mesh:
 
 def rows_here(num_rows: int) -> int:
     """As `parallel.rows_here`: a step sees the rows of all processes."""
+    if keras.distribution.distribution() is None:
+        return num_rows
     return num_rows * int(jax.process_count())

@@ -3,8 +3,6 @@
 Many are started with TF_CONFIG, as TensorFlow has it, one for each device.
 """
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from multilstm.errors import UserError
+from multilstm.launch import place_among_processes
 from multilstm.ops import parallel
 
 
@@ -49,12 +48,10 @@ class _Mirrored(parallel.Devices):
 class _Workers(_Mirrored):
     """A process of several, each with one device."""
 
-    def __init__(self) -> None:
-        self.strategy = workers()
-        resolver = self.strategy.cluster_resolver
-        self.rank = resolver.task_id
-        self.num_processes = len(resolver.cluster_spec().as_dict()["worker"])
-        self.count = self.num_parts = self.strategy.num_replicas_in_sync
+    def __init__(self, rank: int, started: int) -> None:
+        self.strategy = _start_workers()
+        self.rank = rank
+        self.count = self.num_parts = self.num_processes = started
 
     def part(self, batches: Any) -> Any:
         from multilstm.dataset import PartOfRows
@@ -107,22 +104,20 @@ def _sum_over_workers(value: Any) -> Any:
 
 
 @cache
-def workers() -> Any:
-    """The strategy of the processes that were started together.
-
-    None where this process was started alone. TensorFlow has to hear of it
-    before it computes anything.
-    """
-    if not _num_workers():
-        return None
+def _start_workers() -> Any:
+    """Before anything is computed, or TensorFlow refuses."""
+    global _workers
     # NCCL on GPUs, gRPC else.
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    _workers = tf.distribute.MultiWorkerMirroredStrategy()
+    return _workers
 
 
-def _num_workers() -> int:
-    """As TF_CONFIG tells; 0 where it is not set."""
-    cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
-    return len(cluster.get("worker", []))
+_workers: Any = None
+
+
+def workers() -> Any:
+    """The strategy of the processes of a run; None where there is but one."""
+    return _workers
 
 
 def use_devices(count: int | None) -> parallel.Devices:
@@ -130,8 +125,8 @@ def use_devices(count: int | None) -> parallel.Devices:
 
     Or a device of each process, where TF_CONFIG tells of several.
     """
-    started = _num_workers()
-    if started:
+    rank, started = place_among_processes("tensorflow")
+    if started > 1:
         if count not in (None, started):
             raise UserError(
                 f"--devices {count} must be the number of processes of "
@@ -143,7 +138,7 @@ def use_devices(count: int | None) -> parallel.Devices:
                 "Several processes on TensorFlow need one for each GPU; this "
                 "one sees more. Give each its own by CUDA_VISIBLE_DEVICES."
             )
-        return _Workers()
+        return _Workers(rank, started)
     if count is None or count == 1:
         return parallel.Devices()
     gpus = tf.config.list_physical_devices("GPU")

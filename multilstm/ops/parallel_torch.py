@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from multilstm.errors import UserError
+from multilstm.launch import place_among_processes
 from multilstm.ops import parallel
 
 
@@ -74,7 +75,7 @@ class _Processes(parallel.Devices):
 
 def use_devices(count: int | None) -> parallel.Devices:
     """As `parallel.use_devices`: the processes that were started together."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    _, started = place_among_processes("torch")
     if count is not None and count != started:
         raise UserError(
             f"--devices {count} needs a process for each device; {started} "
