@@ -1,7 +1,8 @@
 """Several processes of one command, one for each device of this machine.
 
 What PyTorch needs: its processes find each other by what `torchrun` sets in
-their environment too. One that dies ends all.
+their environment too. One that dies ends all. And what the launchers of all
+frameworks tell a process of its place.
 """
 
 import json

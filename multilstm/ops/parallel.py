@@ -50,7 +50,11 @@ class Devices:
 
     def part(self, batches: Any) -> Any:
         """The rows of a dataset that this process is to feed."""
-        return batches
+        if self.num_processes == 1:
+            return batches
+        from multilstm.dataset import PartOfRows
+
+        return PartOfRows(batches, self.rank, self.num_processes)
 
     def all_rows(self, variable: Any) -> Any:
         """A carried state of all devices' rows, as NumPy has it."""
@@ -75,17 +79,21 @@ class Devices:
         first it stays as it is.
         """
 
+    def of_all(self, value: Any) -> Any:
+        """What each process has, in float64, one below the other."""
+        return np.asarray(value, np.float64)[None]
+
     def total(self, value: Any) -> Any:
         """The sum over processes, in float64."""
-        return np.asarray(value, np.float64)
+        return self.of_all(value).sum(axis=0)
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether a process has raised it."""
-        return list(flags)
+        return [bool(number) for number in self.total(flags)]
 
     def from_first(self, number: float) -> float:
         """The number that the first process has."""
-        return number
+        return float(self.of_all(number)[0])
 
 
 def use_devices(count: int | None) -> Devices:

@@ -52,32 +52,16 @@ class _Mesh(parallel.Devices):
         finally:
             keras.distribution.set_distribution(before)
 
-    def part(self, batches: Any) -> Any:
-        if self.num_processes == 1:
-            return batches
-        from multilstm.dataset import PartOfRows
-
-        return PartOfRows(batches, self.rank, self.num_processes)
-
     def all_rows(self, variable: Any) -> Any:
         if self.num_processes == 1:
             return super().all_rows(variable)
         return multihost_utils.process_allgather(variable.value, tiled=True)
 
-    def total(self, value: Any) -> Any:
-        return self._of_all(value).sum(axis=0)
-
-    def any(self, *flags: bool) -> list[bool]:
-        return [bool(number) for number in self.total(flags)]
-
-    def from_first(self, number: float) -> float:
-        return float(self._of_all(number)[0])
-
-    def _of_all(self, value: Any) -> Any:
-        """What each process has, in float64: as bits, which JAX leaves so."""
-        array = np.asarray(value, np.float64)
+    def of_all(self, value: Any) -> Any:
         if self.num_processes == 1:
-            return array[None]
+            return super().of_all(value)
+        # As bits, since JAX would make them float32.
+        array = np.asarray(value, np.float64)
         bits = array.reshape(-1).view(np.uint32)
         bits = np.asarray(multihost_utils.process_allgather(bits))
         return bits.view(np.float64).reshape(-1, *array.shape)

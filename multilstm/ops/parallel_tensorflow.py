@@ -53,13 +53,9 @@ class _Workers(_Mirrored):
         self.rank = rank
         self.count = self.num_parts = self.num_processes = started
 
-    def part(self, batches: Any) -> Any:
-        from multilstm.dataset import PartOfRows
-
-        return PartOfRows(batches, self.rank, self.num_parts)
-
     def all_rows(self, variable: Any) -> Any:
-        return np.concatenate(self._of_all(super().all_rows(variable)))
+        mine = super().all_rows(variable)
+        return np.concatenate(self.of_all(mine)).astype(mine.dtype)
 
     def assign_rows(self, variable: Any, value: Any) -> None:
         [mine] = self._on_each(variable)
@@ -70,17 +66,8 @@ class _Workers(_Mirrored):
         state = parallel.far_seed(mine.numpy(), self.rank)
         mine.assign(state.astype(mine.dtype.as_numpy_dtype))
 
-    def total(self, value: Any) -> Any:
-        return self._of_all(np.asarray(value, np.float64)).sum(axis=0)
-
-    def any(self, *flags: bool) -> list[bool]:
-        return [bool(number) for number in self.total(flags)]
-
-    def from_first(self, number: float) -> float:
-        return float(self._of_all(np.float64(number))[0])
-
-    def _of_all(self, value: Any) -> Any:
-        """What each process has."""
+    def of_all(self, value: Any) -> Any:
+        value = np.asarray(value, np.float64)
         of_all = np.zeros((self.count, *value.shape), value.dtype)
         of_all[self.rank] = value
         return _sum_over_workers(tf.constant(of_all)).numpy()

@@ -32,11 +32,6 @@ class _Processes(parallel.Devices):
         self.rank = dist.get_rank()
         self.count = self.num_processes = self.num_parts = dist.get_world_size()
 
-    def part(self, batches: Any) -> Any:
-        from multilstm.dataset import PartOfRows
-
-        return PartOfRows(batches, self.rank, self.num_parts)
-
     def all_rows(self, variable: Any) -> Any:
         mine = variable.value.detach().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.count)]
@@ -56,21 +51,11 @@ class _Processes(parallel.Devices):
     def spread_seed(self, variable: Any) -> None:
         variable.assign(parallel.far_seed(variable.value, self.rank))
 
-    def total(self, value: Any) -> Any:
-        value = self._tensor(value)
-        dist.all_reduce(value)
-        return value.cpu().numpy()
-
-    def any(self, *flags: bool) -> list[bool]:
-        return [bool(number) for number in self.total(flags)]
-
-    def from_first(self, number: float) -> float:
-        value = self._tensor(number)
-        dist.broadcast(value, 0)
-        return float(value)
-
-    def _tensor(self, value: Any) -> Any:
-        return torch.as_tensor(value, dtype=torch.float64).to(self.device)
+    def of_all(self, value: Any) -> Any:
+        mine = torch.as_tensor(value, dtype=torch.float64).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(parts, mine)
+        return torch.stack(parts).cpu().numpy()
 
 
 def use_devices(count: int | None) -> parallel.Devices:

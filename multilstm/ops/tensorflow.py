@@ -554,8 +554,9 @@ def _dealt(batches: Any) -> Any:
     It has the rows of this process already. Keras would have its strategy
     deal them out once more, whole batches to each.
     """
+    kind: Any = type(batches)
 
-    class Dealt(type(batches), tf.distribute.DistributedDataset):  # type: ignore
+    class Dealt(kind, tf.distribute.DistributedDataset):
         pass
 
     batches.__class__ = Dealt
