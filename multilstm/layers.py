@@ -14,6 +14,7 @@ from keras import ops
 from multilstm.errors import UserError
 from multilstm.ops import (
     check_rows,
+    dropout,
     embedding_lookup,
     has_xla,
     lstm,
@@ -170,11 +171,14 @@ class LSTM(keras.layers.Layer):
         self.carry_state = carry_state
         self.seed = seed
         self.dropout = dropout
-        self.input_dropout = keras.layers.SpatialDropout1D(
-            dropout, seed=seed, dtype=self.dtype_policy
+        self.input_dropout = Dropout(
+            dropout,
+            noise_shape=(None, 1, None),
+            seed=seed,
+            dtype=self.dtype_policy,
         )
         self.weight_dropout = weight_dropout
-        self.weight_drop = keras.layers.Dropout(
+        self.weight_drop = Dropout(
             weight_dropout, seed=seed, dtype=self.dtype_policy
         )
         self.carried = _CarriedState(name="carried") if carry_state else None
@@ -400,6 +404,21 @@ class _CarriedState(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
+class Dropout(keras.layers.Dropout):
+    """`keras.layers.Dropout` by `ops.dropout`.
+
+    Args:
+        *args: Of `keras.layers.Dropout`.
+        **kwargs: Of `keras.layers.Dropout`.
+    """
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if not (training and self.rate):
+            return inputs
+        return dropout(inputs, self.rate, self.noise_shape, self.seed_generator)
+
+
+@keras.saving.register_keras_serializable(package="multilstm")
 class Embedding(keras.layers.Embedding):
     """`keras.layers.Embedding` that drops words, and that clips right.
 
@@ -434,9 +453,7 @@ class Embedding(keras.layers.Embedding):
         super().__init__(*args, **kwargs)
         self.dropout = dropout
         self.seed = seed
-        self.word_dropout = keras.layers.Dropout(
-            dropout, seed=seed, dtype=self.dtype_policy
-        )
+        self.word_dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         token_ids = ops.cast(inputs, "int32")

@@ -24,6 +24,7 @@ from multilstm.errors import UserError
 from multilstm.initializers import NumPyInitializer
 from multilstm.layers import (
     LSTM,
+    Dropout,
     Embedding,
     ResetCarriedState,
     State,
@@ -235,14 +236,10 @@ class LanguageModel(keras.Model):
             dtype=self.dtype_policy,
             name="embedding",
         )
-        dropout = (
-            keras.layers.SpatialDropout1D
-            if locked_dropout
-            else keras.layers.Dropout
-        )
         self.dropouts = [
-            dropout(
+            Dropout(
                 rate,
+                noise_shape=(None, 1, None) if locked_dropout else None,
                 seed=draw.seed_of("outputs", place),
                 dtype=self.dtype_policy,
             )
@@ -279,6 +276,7 @@ class LanguageModel(keras.Model):
             dtype=self.dtype_policy,
             name="projection",
         )
+        self.step_seed = draw.seed_of("steps")
         self.perplexity = Perplexity()
         self.uses_own_loss = True
         self.needs_logits = False  # for metrics that a user compiled
@@ -533,9 +531,7 @@ class LanguageModel(keras.Model):
             self._usual_length,
         )
         if force or key not in self._functions:
-            self.train_function = None
-            if (self.steps_per_execution, self._rows) != (1, None):
-                self.train_function = make_train_function(self)
+            self.train_function = make_train_function(self)
             super().make_train_function()
             # One for `fit`, which may have been for another text before.
             self._functions = {

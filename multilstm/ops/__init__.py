@@ -20,6 +20,7 @@ from multilstm.ops.reference import (
     check_rows,
     cross_entropy_of_some,
     device_name,
+    dropout,
     embedding_lookup,
     feed,
     fuse_optimizer,
@@ -45,6 +46,11 @@ if keras.config.backend() == "jax":
     )
     from multilstm.ops.parallel_jax import rows_here, use_devices
 elif keras.config.backend() == "torch":
+    from multilstm.ops.graphs_torch import (
+        dropout,
+        make_train_function,
+        steps_per_dispatch,
+    )
     from multilstm.ops.parallel_torch import add_gradients, use_devices
     from multilstm.ops.torch import (
         cross_entropy_of_some,
@@ -89,6 +95,7 @@ __all__ = [
     "check_rows",
     "cross_entropy_of_some",
     "device_name",
+    "dropout",
     "embedding_lookup",
     "explain_once",
     "feed",

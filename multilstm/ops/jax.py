@@ -502,6 +502,7 @@ def make_train_function(model: Any) -> Any:
         model.run_eagerly
         or not model.jit_compile
         or keras.distribution.distribution()
+        or (model.steps_per_execution == 1 and model.text is None)
     ):
         return None
     num_steps = model.steps_per_execution

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import keras
 from keras import ops
 
 from multilstm.devices import processor_name
@@ -325,6 +326,21 @@ def is_plain(optimizer: Any, kind: str) -> bool:
         and type(optimizer).__module__.partition(".")[0]
         in ("keras", "multilstm")
         and not any(getattr(optimizer, extra, None) for extra in extras)
+    )
+
+
+def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
+    """Zeros a share of the inputs and scales the others up.
+
+    Args:
+        inputs: Tensor.
+        rate: The share, in 0..1.
+        noise_shape: That of the mask, which is broadcast; None in it is the
+            size of the inputs, None for it their shape.
+        seed: A `keras.random.SeedGenerator`.
+    """
+    return keras.random.dropout(
+        inputs, rate, noise_shape=noise_shape, seed=seed
     )
 
 

@@ -1,0 +1,171 @@
+"""PyTorch on a GPU: a training step is recorded once, then replayed.
+
+A step of a small batch is hundreds of kernels, each done sooner than Python
+starts the next one. A CUDA graph holds them all and is started at once. What
+is recorded is Keras's own `train_step`, of which two things come from the host
+and would be the same at every replay: Python's numbers, which are constants
+and become fills, and the seeds of dropout. Masks are drawn by a generator of
+the graph's instead, which each replay finds seeded with the step's number.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import keras
+import torch
+from torch.overrides import TorchFunctionMode
+
+from multilstm.ops import reference
+from multilstm.ops.evidence import explain_once
+
+_MOST_GRAPHS = 128  # one for each shape of batches
+
+# Of the step that is running, where it draws its masks from one.
+_generator: ContextVar[Any] = ContextVar("generator", default=None)
+
+
+def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
+    """As `reference.dropout`; from the step's generator, where it has one."""
+    generator = _generator.get()
+    if generator is None:
+        return reference.dropout(inputs, rate, noise_shape, seed)
+    shape = [
+        whole if part is None else part
+        for whole, part in zip(
+            inputs.shape, noise_shape or inputs.shape, strict=True
+        )
+    ]
+    mask = torch.empty(shape, dtype=inputs.dtype, device=inputs.device)
+    mask.bernoulli_(1 - rate, generator=generator)
+    return inputs * mask / (1 - rate)
+
+
+def steps_per_dispatch(flops: float) -> int:
+    """As `reference.steps_per_dispatch`."""
+    if not torch.cuda.is_available():
+        return 1
+    return reference.steps_in_a_dispatch(flops, on_cpu=False)
+
+
+def make_train_function(model: Any) -> Any:
+    """As `reference.make_train_function`: on a GPU, replays of a recording."""
+    if not torch.cuda.is_available():
+        return None
+    if (
+        model.run_eagerly
+        or model.jit_compile
+        or torch.distributed.is_initialized()
+    ):
+        step = model.train_step
+        if model.jit_compile:
+            step = torch.compile(step)
+        return lambda batches: [step(batch) for batch in batches][-1]
+    return RecordedSteps(model)
+
+
+class RecordedSteps:
+    """Trains on batches: the first of a shape eagerly, then by a recording.
+
+    Args:
+        model: A compiled `LanguageModel`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        device = model.metrics_variables[0].value.device
+        self.generator = torch.Generator(device)
+        self.is_refused = False
+        self.step, self.version = 0, -1
+        self._forget()
+
+    def __call__(self, batches: list[Any]) -> Any:
+        """Takes a step for each batch; gives the metrics after the last."""
+        addresses = self._addresses()
+        if addresses != self.addresses:
+            self._forget()
+        iterations = self.model.optimizer.iterations.value
+        if iterations._version != self.version:  # set by others
+            self.step = int(iterations)  # waits for the device
+        for batch in batches:
+            self.generator.manual_seed(self.model.step_seed + self.step)
+            self._step(batch)
+            self.step += 1
+        self.addresses = self._addresses()
+        self.version = iterations._version
+        return self.model.get_metrics_result()
+
+    def _step(self, batch: Any) -> None:
+        leaves = keras.tree.flatten(batch)
+        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key in self.shapes_seen and key not in self.graphs:
+            self._record(key, batch)
+        self.shapes_seen.add(key)
+        if key not in self.graphs:
+            self._train(batch)
+            return
+        inputs, graph = self.graphs[key]
+        for place, leaf in zip(inputs, leaves, strict=True):
+            place.copy_(leaf)
+        graph.replay()
+
+    def _train(self, batch: Any) -> None:
+        token = _generator.set(self.generator)
+        try:
+            self.model.train_step(batch)
+        finally:
+            _generator.reset(token)
+
+    def _record(self, key: Any, batch: Any) -> None:
+        """Makes the graph of a step; the step itself is not done by that."""
+        if self.is_refused or len(self.graphs) >= _MOST_GRAPHS:
+            return
+        device = self.generator.device
+        inputs = keras.tree.map_structure(
+            lambda leaf: leaf.to(device, copy=True), batch
+        )
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        try:
+            with (
+                torch.cuda.graph(
+                    graph, pool=self.pool, capture_error_mode="thread_local"
+                ),
+                Constants(),
+            ):
+                self._train(inputs)
+        except RuntimeError as error:
+            self.is_refused = True
+            explain_once(
+                "torch: the training step cannot be recorded as a CUDA graph, "
+                "so its kernels are started one by one: "
+                f"{str(error).strip().splitlines()[0]}"
+            )
+            return
+        self.graphs[key] = keras.tree.flatten(inputs), graph
+
+    def _addresses(self) -> list[int]:
+        """Where the variables are, which a graph writes to."""
+        variables = (*self.model.variables, *self.model.optimizer.variables)
+        return [variable.value.data_ptr() for variable in variables]
+
+    def _forget(self) -> None:
+        """Begins anew, as when variables have moved."""
+        self.graphs: dict[Any, tuple[list[Any], Any]] = {}
+        self.shapes_seen: set[Any] = set()
+        self.addresses: list[int] = []
+        is_cuda = self.generator.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
+
+
+class Constants(TorchFunctionMode):
+    """Lets Python's numbers become tensors by a fill, not by a transfer."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.as_tensor and isinstance(
+            args[0], (bool, int, float)
+        ):
+            return torch.full((), args[0], **kwargs)
+        return function(*args, **kwargs)
