@@ -588,7 +588,8 @@ def test_dropped_weights_get_no_gradient(x):
     is_kept = dropped_kernel(same) != 0
     model = keras.Sequential([layer])
     before = layer.get_weights()[1]
-    model.compile("sgd", "mse")
+    # A rate at which no step is too small to move a weight.
+    model.compile(keras.optimizers.SGD(100.0), "mse")
     model.train_on_batch(x, np.ones((BATCH, UNITS)))
     np.testing.assert_array_equal(layer.get_weights()[1] != before, is_kept)
 

@@ -755,7 +755,7 @@ def test_regularizers_keep_cudnn(rng, monkeypatch):
 
     from multilstm.ops import tensorflow
 
-    monkeypatch.setattr(tensorflow, "_has_gpu", lambda: True)
+    monkeypatch.setattr(tensorflow, "has_gpu", lambda: True)
     model = small_model(**REGULARIZERS)
     model.build((2, 5))
     step = tf.function(lambda ids: model(ids, training=True))

@@ -489,7 +489,7 @@ def test_tensorflow_builds_a_step_with_cudnn_and_its_gradient(
 
     from multilstm.ops import tensorflow
 
-    monkeypatch.setattr(tensorflow, "_has_gpu", lambda: True)
+    monkeypatch.setattr(tensorflow, "has_gpu", lambda: True)
     assert not ops.has_xla()
     arguments = [
         tf.constant(array) for array in draw_arguments(rng, 4, 4, 3, 5)

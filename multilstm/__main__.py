@@ -83,8 +83,9 @@ class Train(OnBackend):
     """Of the first epochs. Default: the preset's."""
     gradient_accumulation_steps: int | None = None
     """Batches whose gradients make one step. Default: the preset's."""
-    precision: Literal["float32", "mixed_bfloat16"] | None = None
-    """Of products; the weights are float32 in both. Default: float32."""
+    precision: Literal["float32", "tf32", "mixed_bfloat16"] | None = None
+    """Of products; the weights are float32 in all. Default: tf32 on a GPU,
+    float32 elsewhere."""
     starts_from: Path | None = None
     """Run whose best weights to begin with, as awd_finetune does."""
     train_tokens: int | None = None

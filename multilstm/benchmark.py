@@ -21,6 +21,7 @@ Ways to train somebody's own Keras model, on random numbers:
     accelerated      after `multilstm.accelerate`
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -212,7 +213,9 @@ class Worker:
         self.precision = precision
         self.backend = keras.config.backend()
         defaults = native_loops.describe_precision(self.backend)
-        native_loops.set_precision(self.backend, precision)
+        # For as long as the process lives.
+        self.tf32 = contextlib.ExitStack()
+        self.tf32.enter_context(ops.tf32(precision != "float32"))
         self.dtype = "bfloat16" if precision == "bfloat16" else "float32"
         return {
             "device": ops.device_name(),

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
 from multilstm.errors import UserError
+from multilstm.ops import tf32
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ def evaluate(
 class Evaluator:
     """`evaluate` for one model and many texts: it is compiled only once.
 
+    Products are float32's, in whichever precision a GPU multiplies otherwise.
+
     Args:
         model: As of `evaluate`.
         batch_size: As of `evaluate`.
@@ -159,6 +162,7 @@ class Evaluator:
     def __call__(self, token_ids: NDArray[np.int32]) -> Evaluation:
         return Evaluation.of(self.read(token_ids).nats)
 
+    @tf32(False)
     def read(
         self, token_ids: NDArray[np.int32], starts: States | None = None
     ) -> Reading:

@@ -181,26 +181,6 @@ def list_libraries(backend: str) -> dict[str, str | None]:
     return {"platform": said[0] if said else None}
 
 
-def set_precision(backend: str, precision: str) -> None:
-    """Allows TF32 in products and in cuDNN's LSTM, or forbids it."""
-    exact = precision == "float32"
-    if backend == "torch":
-        import torch
-
-        torch.set_float32_matmul_precision("highest" if exact else "high")
-        torch.backends.cudnn.allow_tf32 = not exact
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.experimental.enable_tensor_float_32_execution(not exact)
-    elif has_gpu(backend):
-        import jax
-
-        # Of the other names some turn JAX's cuDNN LSTM off.
-        name = "highest" if exact else "tensorfloat32"
-        jax.config.update("jax_default_matmul_precision", name)
-
-
 def gpu_peak_bytes(backend: str) -> int | None:
     """The most memory that the framework had in use on its GPU so far."""
     if not has_gpu(backend):

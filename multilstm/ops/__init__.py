@@ -24,6 +24,7 @@ from multilstm.ops.reference import (
     embedding_lookup,
     feed,
     fuse_optimizer,
+    has_gpu,
     has_xla,
     linear_cross_entropy,
     lstm,
@@ -31,18 +32,21 @@ from multilstm.ops.reference import (
     make_train_function,
     steps_per_dispatch,
     sync_variables,
+    tf32,
 )
 
 if keras.config.backend() == "jax":
     from multilstm.ops.jax import (
         cross_entropy_of_some,
         device_name,
+        has_gpu,
         linear_cross_entropy,
         lstm,
         lstm_stack,
         make_train_function,
         steps_per_dispatch,
         sync_variables,
+        tf32,
     )
     from multilstm.ops.parallel_jax import rows_here, use_devices
 elif keras.config.backend() == "torch":
@@ -56,9 +60,11 @@ elif keras.config.backend() == "torch":
         cross_entropy_of_some,
         device_name,
         fuse_optimizer,
+        has_gpu,
         linear_cross_entropy,
         lstm,
         lstm_stack,
+        tf32,
     )
 elif keras.config.backend() == "tensorflow":
     from multilstm.ops.parallel_tensorflow import (
@@ -76,11 +82,13 @@ elif keras.config.backend() == "tensorflow":
         embedding_lookup,
         feed,
         fuse_optimizer,
+        has_gpu,
         has_xla,
         linear_cross_entropy,
         lstm,
         lstm_stack,
         steps_per_dispatch,
+        tf32,
     )
 else:
     explain_once(
@@ -100,6 +108,7 @@ __all__ = [
     "explain_once",
     "feed",
     "fuse_optimizer",
+    "has_gpu",
     "has_xla",
     "last_kernel",
     "linear_cross_entropy",
@@ -112,5 +121,6 @@ __all__ = [
     "starts_singly",
     "steps_per_dispatch",
     "sync_variables",
+    "tf32",
     "use_devices",
 ]

@@ -76,12 +76,12 @@ class RecordedSteps:
         self.generator = torch.Generator(device)
         self.is_refused = False
         self.step, self.version = 0, -1
+        self.addresses: list[int] = []
         self._forget()
 
     def __call__(self, batches: list[Any]) -> Any:
         """Takes a step for each batch; gives the metrics after the last."""
-        addresses = self._addresses()
-        if addresses != self.addresses:
+        if self._addresses() != self.addresses:
             self._forget()
         iterations = self.model.optimizer.iterations.value
         if iterations._version != self.version:  # set by others
@@ -152,7 +152,6 @@ class RecordedSteps:
         """Begins anew, as when variables have moved."""
         self.graphs: dict[Any, tuple[list[Any], Any]] = {}
         self.shapes_seen: set[Any] = set()
-        self.addresses: list[int] = []
         is_cuda = self.generator.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
 

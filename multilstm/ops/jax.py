@@ -6,6 +6,7 @@ each weight's gradient is one product after it.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
 from typing import Any
@@ -97,7 +98,7 @@ def _on_each_device(
 
 def _has_cudnn() -> bool:
     """Whether cuDNN computes an LSTM at the precision that is asked for."""
-    if jax.default_backend() != "gpu":
+    if not has_gpu():
         return False
     precision = jax.config.jax_default_matmul_precision
     if precision in ("default", "bfloat16"):
@@ -553,6 +554,23 @@ def _equal_shapes(batches: list[Any]) -> Iterator[list[Any]]:
 def sync_variables(model: Any) -> None:
     """Brings a model's variables up to date within `fit`."""
     model.jax_state_sync()
+
+
+def has_gpu() -> bool:
+    """As `reference.has_gpu`."""
+    return bool(jax.default_backend() == "gpu")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """As `reference.tf32`."""
+    if not has_gpu():
+        yield
+        return
+    # Of the other names some turn JAX's cuDNN LSTM off.
+    name = "tensorfloat32" if allowed else "highest"
+    with jax.default_matmul_precision(name):
+        yield
 
 
 def device_name() -> str:

@@ -1,6 +1,8 @@
 """The operations in `keras.ops`: any backend, and the oracle for the others."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -398,6 +400,21 @@ def sync_variables(model: Any) -> None:
 
     JAX's compiled step keeps the values to itself until the epoch ends.
     """
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that the backend computes on."""
+    return False
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Lets products of float32 on a GPU be TF32's, or keeps them float32's.
+
+    TF32 has the range of float32 and 10 bits of its 23. Frameworks differ in
+    what they do untold. Elsewhere it changes nothing.
+    """
+    yield
 
 
 def device_name() -> str:

@@ -6,6 +6,8 @@ weight's gradient comes after the last use of the weight: TensorFlow starts
 what it can, and keeps what it made.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,7 +40,7 @@ def lstm(
     arguments = (x, h0, c0, kernel, recurrent_kernel, bias)
     if mask is not None:
         return reference.run_masked(lstm, *arguments, mask)
-    if not _has_gpu():
+    if not has_gpu():
         return _loop(*arguments)
     y, [(h, c)] = _cudnn(x, [(h0, c0)], [arguments[3:]])
     return y, h, c
@@ -51,7 +53,7 @@ def lstm_stack(
 ) -> tuple[Any, list[reference.State]]:
     """As `reference.lstm_stack`: one call for layers of one size on a GPU."""
     same_size = len({recurrent.shape[0] for _, recurrent, _ in weights}) == 1
-    if _has_gpu() and same_size:
+    if has_gpu() and same_size:
         return _cudnn(x, states, weights)
     return reference.stack(lstm, x, states, weights)
 
@@ -61,11 +63,27 @@ def has_xla(*, for_some: bool = False) -> bool:
 
     XLA cannot compile a tensor whose size depends on numbers.
     """
-    return not (for_some or _has_gpu())
+    return not (for_some or has_gpu())
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """As `reference.has_gpu`."""
     return bool(tf.config.list_physical_devices("GPU"))
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """As `reference.tf32`."""
+    if not has_gpu():
+        yield
+        return
+    config = tf.config.experimental
+    before = config.tensor_float_32_execution_enabled()
+    config.enable_tensor_float_32_execution(allowed)
+    try:
+        yield
+    finally:
+        config.enable_tensor_float_32_execution(before)
 
 
 def _cudnn(
@@ -518,7 +536,7 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> Any:
 
 def steps_per_dispatch(flops: float) -> int:
     """As `reference.steps_per_dispatch`."""
-    return reference.steps_in_a_dispatch(flops, on_cpu=not _has_gpu())
+    return reference.steps_in_a_dispatch(flops, on_cpu=not has_gpu())
 
 
 def feed(dataset: Any, *, shuffle: bool) -> Any:

@@ -1,5 +1,7 @@
 """PyTorch: its own LSTM kernels, and products by oneDNN on the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -453,6 +455,28 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> dict[str, Any]:
         "grad_scale": (norm / optimizer.global_clipnorm).clamp(min=1.0),
         "found_inf": torch.zeros_like(norm),
     }
+
+
+def has_gpu() -> bool:
+    """As `reference.has_gpu`."""
+    return bool(torch.cuda.is_available())
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """As `reference.tf32`."""
+    if not has_gpu():
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 def device_name() -> str:
