@@ -443,6 +443,39 @@ def test_jax_calls_cudnn_with_the_right_arguments(rng, mask, monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="of JAX's implementation")
+def test_arrays_and_gradients_of_cudnn_are_row_major_on_jax(rng, monkeypatch):
+    """A hyperbolic sine stands for the call, whose orders nobody tells XLA."""
+    import jax
+    from jax.experimental import rnn
+
+    def stand_in(x, h0, c0, *_, **sizes):
+        return tuple(map(jax.numpy.sinh, (x, h0, c0)))
+
+    monkeypatch.setattr(rnn, "lstm", stand_in)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arguments = draw_arguments(rng, 2, 3, 5, 5)
+
+    def step(*arguments):
+        return jax.vjp(ops.lstm, *arguments)[1](ops.lstm(*arguments))
+
+    equations = jax.make_jaxpr(step)(*arguments).eqns
+    made_by = {v: e for e in equations for v in e.outvars}
+    calls = [e for e in equations if e.primitive.name in ("sinh", "cosh")]
+    assert len(calls) >= 6
+    for call in calls:
+        assert made_by[call.invars[0]].primitive.name == "layout_constraint"
+    outputs = {e.outvars[0] for e in calls if e.primitive.name == "sinh"}
+    slopes = {e.outvars[0] for e in calls if e.primitive.name == "cosh"}
+    for equation in equations:
+        variables = [v for v in equation.invars if not hasattr(v, "val")]
+        if outputs.intersection(variables):
+            assert equation.primitive.name == "layout_constraint"
+        if slopes.intersection(variables):  # times the outputs' gradients
+            (gradient,) = set(variables) - slopes
+            assert made_by[gradient].primitive.name == "layout_constraint"
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's implementation")
 def test_jax_says_why_cudnn_is_not_used_or_not_in_bfloat16(
     rng, caplog, monkeypatch
 ):

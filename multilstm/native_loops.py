@@ -399,6 +399,11 @@ def _jax_scan_layer(weights: tuple, x: Any) -> Any:
 def _jax_cudnn(sizes: list, vectors: list, x: Any) -> Any:
     import jax.numpy as jnp
     from jax.experimental import rnn
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    def row_major(array: Any) -> Any:
+        # Else XLA transposes nothing, and cuDNN reads other rows.
+        return with_layout_constraint(array, Layout((0, 1, 2)))
 
     x = x.swapaxes(0, 1)  # (batch, time, features)
     lengths = jnp.full(x.shape[0], x.shape[1], jnp.int32)
@@ -406,8 +411,9 @@ def _jax_cudnn(sizes: list, vectors: list, x: Any) -> Any:
         _, units, num_layers = size
         zeros = jnp.zeros((num_layers, x.shape[0], units), x.dtype)
         x, _, _ = rnn.lstm(
-            x, zeros, zeros, vector, lengths, *size, 0.0, False
+            row_major(x), zeros, zeros, vector, lengths, *size, 0.0, False
         )  # no dropout, one direction
+        x = row_major(x)
     return x.swapaxes(0, 1)
 
 

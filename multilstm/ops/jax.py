@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from jax import lax
 from jax.experimental import rnn
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from multilstm.ops import reference
 from multilstm.ops.evidence import explain_once, note_kernel
@@ -123,14 +124,10 @@ def _cudnn(
             f"jax: its cuDNN LSTM is for float32 alone; of this model in "
             f"{x.dtype} the LSTMs run in float32, with TF32 products."
         )
-    h0, c0 = (
-        jnp.stack(state).astype(_float32) for state in zip(*states, strict=True)
-    )
+    h0, c0 = map(jnp.stack, zip(*states, strict=True))
     packed = reference.pack_for_cudnn(weights)
     y, h, c = rnn.lstm(
-        x.astype(_float32),
-        h0,
-        c0,
+        *(_row_major(array.astype(_float32)) for array in (x, h0, c0)),
         packed.astype(_float32),
         jnp.full(x.shape[0], x.shape[1], jnp.int32),  # rows' lengths
         input_size=x.shape[2],
@@ -139,8 +136,19 @@ def _cudnn(
         dropout=0.0,
         bidirectional=False,
     )
-    y, h, c = (output.astype(x.dtype) for output in (y, h, c))
+    y, h, c = (_row_major(output).astype(x.dtype) for output in (y, h, c))
     return y, list(zip(h, c, strict=True))
+
+
+def _row_major(array: Any) -> Any:
+    """Lets XLA lay an array, and its gradient, out in no other order.
+
+    JAX does not tell XLA in which order its call of cuDNN reads arrays. Of
+    what is a transposed array to XLA, cuDNN then takes one row's words for
+    another's, in silence (seen on an H100 with JAX 0.11.2; JAX's issue 19177).
+    """
+    array = jnp.asarray(array)
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @jax.custom_vjp
