@@ -1,13 +1,15 @@
 """The perplexity of one pass over a text, however it is cut."""
 
+import importlib
 import math
 
 import keras
 import numpy as np
 import oracles
 import pytest
+from tiny_runs import float32_products
 
-from multilstm import LanguageModel, evaluate
+from multilstm import LanguageModel, evaluate, ops
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluation, Evaluator
 
@@ -57,6 +59,32 @@ def test_perplexity_is_that_of_one_pass(cut, text):
     np.testing.assert_allclose(
         result.cross_entropy, single_pass(model, text), rtol=1e-6
     )
+
+
+def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
+    """Seen from within the model, of which all read the same setting."""
+    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    settings = []
+
+    class Spy:
+        vocabulary_size = V
+
+        def get_initial_state(self, batch_size):
+            return [(np.zeros((batch_size, 1), np.float32),) * 2]
+
+        def __call__(self, token_ids, initial_state, **_):
+            settings.append(float32_products())
+            logits = keras.ops.one_hot(token_ids, V)
+            return logits, initial_state
+
+    with ops.tf32(True):
+        allowed = float32_products()
+        evaluate(Spy(), text)
+        assert float32_products() == allowed
+    with ops.tf32(False):
+        assert settings
+        assert set(settings) == {float32_products()}
 
 
 @pytest.mark.parametrize("batch_size", [2, 20], ids="batch_size={}".format)

@@ -621,6 +621,51 @@ def test_embedding_drops_whole_words_alike_wherever_they_stand():
 @pytest.mark.skipif(
     keras.config.backend() != "torch", reason="of PyTorch's implementation"
 )
+def test_blocks_for_cudnn_last_until_other_layers_run_together(
+    rng, monkeypatch
+):
+    """Its block is made by a stand-in, which lays out as PyTorch's does."""
+    import torch
+
+    from multilstm.ops import torch as ops_torch
+
+    def flatten(tensors, *sizes):
+        made.append(sizes[-3])  # layers
+        block = torch.cat([tensor.flatten() for tensor in tensors])
+        parts = block.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.data = part.view(tensor.shape)
+
+    made = []
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+    monkeypatch.setattr(ops_torch, "_is_for_cudnn", lambda tensor: True)
+    shapes = [((4, 20), (5, 20), (20,)), ((5, 20), (5, 20), (20,))]
+    layers = [
+        tuple(torch.nn.Parameter(torch.tensor(rng.normal(size=s))) for s in of)
+        for of in shapes
+    ]
+    values = [[t.detach().numpy().copy() for t in layer] for layer in layers]
+
+    def run(*places):
+        order = ops_torch._in_torchs_order([layers[k] for k in places])
+        for k, tensor in enumerate(order):
+            of_layer = [*values[places[k // 4]], np.zeros(20)]
+            np.testing.assert_array_equal(
+                tensor.detach().numpy(), of_layer[k % 4].T
+            )
+
+    run(0, 1)
+    run(0, 1)
+    assert made == [2]
+    for k in (0, 1, 0, 1):  # as with dropout between them
+        run(k)
+    assert made == [2, 1, 1]
+    assert all(ops_torch._fill_a_block([layer]) for layer in layers)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="of PyTorch's implementation"
+)
 def test_weights_for_cudnn_are_views_of_one_block(rng):
     """No GPU to run it: what it would be given is checked on the CPU."""
     import torch

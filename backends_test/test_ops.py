@@ -1,5 +1,6 @@
 """The operations against the textbook's equations, on this backend."""
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import float32_products
 
 from multilstm import ops
 from multilstm.ops import evidence, reference
@@ -897,6 +899,28 @@ def test_embedding_lookup_takes_rows_for_ids_of_any_shape(rng, shape):
     )
     # Rows are copied: exact.
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(rows), table[ids])
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_allowed_or_not_on_a_gpu_and_afterwards_as_before(
+    allowed, monkeypatch
+):
+    implementation = importlib.import_module(f"multilstm.ops.{BACKEND}")
+    expected = {
+        "jax": "tensorfloat32" if allowed else "highest",
+        "torch": ("high", True) if allowed else ("highest", False),
+        "tensorflow": allowed,
+    }
+    before = float32_products()
+    with ops.tf32(allowed):  # without a GPU it is not touched
+        assert float32_products() == before
+    monkeypatch.setattr(implementation, "has_gpu", lambda: True)
+    with ops.tf32(allowed):
+        assert float32_products() == expected[BACKEND]
+        with ops.tf32(not allowed):
+            assert float32_products() != expected[BACKEND]
+        assert float32_products() == expected[BACKEND]
+    assert float32_products() == before
 
 
 def test_device_in_use_has_a_name():

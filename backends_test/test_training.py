@@ -857,6 +857,14 @@ def test_only_the_first_words_are_trained_on(train):
     assert few["train_tokens"] == 100
 
 
+def test_a_gpu_trains_with_tf32_unless_told(train, monkeypatch):
+    monkeypatch.setattr(training_module, "has_gpu", lambda: True)
+    assert train(epochs=1)["precision"] == "tf32"
+    told = train("told", epochs=1, precision="float32")
+    assert told["precision"] == "float32"
+    assert train("told", epochs=2, resume=True)["precision"] == "float32"
+
+
 def test_precision_is_noted_and_kept(train):
     result = train(epochs=1, precision="mixed_bfloat16")
     assert result["precision"] == "mixed_bfloat16"

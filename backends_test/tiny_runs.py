@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 
@@ -77,3 +78,19 @@ def presets() -> dict[str, Any]:
         name: replace(small, name=name, **sizes | change)
         for name, change in changes.items()
     }
+
+
+def float32_products():
+    """How the framework multiplies float32 at this moment, on a GPU."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.config.jax_default_matmul_precision
+    if keras.config.backend() == "torch":
+        import torch
+
+        precision = torch.get_float32_matmul_precision()
+        return precision, torch.backends.cudnn.allow_tf32
+    import tensorflow as tf
+
+    return tf.config.experimental.tensor_float_32_execution_enabled()

@@ -8,6 +8,7 @@ and become fills, and the seeds of dropout. Masks are drawn by a generator of
 the graph's instead, which each replay finds seeded with the step's number.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -77,6 +78,7 @@ class RecordedSteps:
         self.is_refused = False
         self.step, self.version = 0, -1
         self.addresses: list[int] = []
+        self.pool: Any = None  # of memory, for all graphs
         self._forget()
 
     def __call__(self, batches: list[Any]) -> Any:
@@ -123,16 +125,8 @@ class RecordedSteps:
         inputs = keras.tree.map_structure(
             lambda leaf: leaf.to(device, copy=True), batch
         )
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         try:
-            with (
-                torch.cuda.graph(
-                    graph, pool=self.pool, capture_error_mode="thread_local"
-                ),
-                Constants(),
-            ):
-                self._train(inputs)
+            graph = self._capture(lambda: self._train(inputs))
         except RuntimeError as error:
             self.is_refused = True
             explain_once(
@@ -143,6 +137,21 @@ class RecordedSteps:
             return
         self.graphs[key] = keras.tree.flatten(inputs), graph
 
+    def _capture(self, step: Callable[[], None]) -> Any:
+        """What `replay()` of takes this step; Python runs it only now."""
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        with (
+            torch.cuda.graph(
+                graph, pool=self.pool, capture_error_mode="thread_local"
+            ),
+            Constants(),
+        ):
+            step()
+        return graph
+
     def _addresses(self) -> list[int]:
         """Where the variables are, which a graph writes to."""
         variables = (*self.model.variables, *self.model.optimizer.variables)
@@ -152,8 +161,7 @@ class RecordedSteps:
         """Begins anew, as when variables have moved."""
         self.graphs: dict[Any, tuple[list[Any], Any]] = {}
         self.shapes_seen: set[Any] = set()
-        is_cuda = self.generator.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self.pool = None
 
 
 class Constants(TorchFunctionMode):

@@ -18,7 +18,10 @@ _FUSED = {
     "_cudnn_rnn": "torch: cudnn",
     "miopen_rnn": "torch: miopen",
 }
-_SECOND_BIAS = "_multilstm_second_bias"  # of a bias, where cuDNN has zeros
+# Attributes of a bias that is in a block of cuDNN's: where that has zeros
+# for a second one, and of how many layers the weights are.
+_SECOND_BIAS = "_multilstm_second_bias"
+_LAYERS_IN_BLOCK = "_multilstm_layers_in_block"
 _observed: dict[tuple[Any, ...], str] = {}
 
 
@@ -63,7 +66,13 @@ def lstm_stack(
         narrow = [tuple(s.to(x.dtype) for s in state) for state in ends]
         return y.to(x.dtype), narrow
     sizes = {recurrent.shape[0] for _, recurrent, _ in weights}
-    if len(weights) > 1 and (not x.is_cuda or len(sizes) > 1):
+    if len(weights) > 1 and (
+        not x.is_cuda
+        or len(sizes) > 1
+        # As training with dropout between has stored them: to store them
+        # together for an evaluation would be undone by the next step.
+        or all(_fill_a_block([layer]) for layer in weights)
+    ):
         return reference.stack(lstm, x, states, weights)
     y, h, c = _observe(
         torch.lstm,
@@ -91,8 +100,7 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     are_parameters = all(isinstance(t, torch.nn.Parameter) for t in flat)
     if not torch.compiler.is_compiling():
         if are_parameters and _is_for_cudnn(flat[0]):
-            blocks = {tensor.untyped_storage().data_ptr() for tensor in flat}
-            if len(blocks) > 1:
+            if not _fill_a_block(weights):
                 _store_for_cudnn(weights)
         elif not _is_for_cudnn(flat[0]):
             _store_transposed(flat)
@@ -108,6 +116,13 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
             getattr(bias, _SECOND_BIAS, torch.zeros_like(bias)),
         )
     ]
+
+
+def _fill_a_block(weights: list[reference.Weights]) -> bool:
+    """Whether these weights are alone in one block, as cuDNN wants them."""
+    return len(
+        {t.untyped_storage().data_ptr() for w in weights for t in w}
+    ) == 1 and getattr(weights[0][2], _LAYERS_IN_BLOCK, None) == len(weights)
 
 
 def _is_for_cudnn(tensor: Any) -> bool:
@@ -151,7 +166,7 @@ def _pack_for_cudnn(weights: list[reference.Weights]) -> list[Any]:
 
 @torch.no_grad()
 def _store_for_cudnn(weights: list[reference.Weights]) -> None:
-    """As `torch.nn.LSTM.flatten_parameters` does. Never run: needs a GPU."""
+    """As `torch.nn.LSTM.flatten_parameters` does."""
     block = [
         tensor
         for kernel, recurrent, bias in weights
@@ -178,6 +193,7 @@ def _store_for_cudnn(weights: list[reference.Weights]) -> None:
         kernel.data, recurrent.data = stored[0].T, stored[1].T
         bias.data = stored[2]
         setattr(bias, _SECOND_BIAS, stored[3])
+        setattr(bias, _LAYERS_IN_BLOCK, len(weights))
 
 
 def _observe(function: Any, *arguments: Any, **options: Any) -> Any:
