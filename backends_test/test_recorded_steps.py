@@ -236,17 +236,37 @@ def test_fit_takes_groups_of_steps_where_there_is_a_gpu(
     rng, steps_of, monkeypatch
 ):
     """And reaches what Keras's own loop does, but for masks."""
-    from multilstm.ops import graphs_torch
+    import torch
 
     ids = rng.integers(V, size=200).astype(np.int32)
     data = ContinuousStreams(ids, STEPS, ROWS)
     none = {f"{kind}_dropout": 0.0 for kind in ("input", "hidden", "output")}
-    model, other = make_model(**none), make_model(**none)
-    other.fit(data, epochs=2, verbose=0)
-    monkeypatch.setattr(graphs_torch.torch.cuda, "is_available", lambda: True)
+    predictions = []
+
+    class Predict(keras.callbacks.Callback):
+        takes_several_batches = True
+
+        def on_epoch_end(self, epoch, logs=None):
+            predictions.append(self.model.predict(data, verbose=0))
+
+    def fit():
+        model = make_model(**none)
+        history = model.fit(
+            data,
+            epochs=2,
+            validation_data=data,
+            callbacks=[Predict()],
+            verbose=0,
+        ).history
+        return model, history
+
+    other, expected = fit()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("multilstm.model.steps_per_dispatch", lambda flops: 4)
-    history = model.fit(data, epochs=2, verbose=0).history
+    model, history = fit()
     assert_same(model, other)
-    assert len(history["perplexity"]) == 2
+    assert history == expected
+    for k in range(2):
+        np.testing.assert_array_equal(predictions[k], predictions[k + 2])
     assert isinstance(model.train_function, steps_of)
     assert model.train_function.num_recorded == 1

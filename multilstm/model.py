@@ -34,6 +34,7 @@ from multilstm.ops import (
     feed,
     fuse_optimizer,
     logs_to_reduce,
+    make_test_function,
     make_train_function,
     rows_here,
     scale_loss,
@@ -546,7 +547,7 @@ class LanguageModel(keras.Model):
         """As `keras.Model.make_test_function`; one for each number of steps."""
         key = ("test", self.steps_per_execution)
         if force or key not in self._functions:
-            self.test_function = None
+            self.test_function = make_test_function(self)
             super().make_test_function()
             self._functions[key] = self.test_function
         self.test_function = self._functions[key]
@@ -581,7 +582,12 @@ class LanguageModel(keras.Model):
         """As `keras.Model.predict`; starts from a state of zeros."""
         if self.carry_state:
             self._prepare_carry(args, kwargs)
-        return super().predict(*args, **kwargs)
+        # In a callback of `fit` it may be many, which PyTorch refuses.
+        before, self.steps_per_execution = self.steps_per_execution, 1
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.steps_per_execution = before
 
     @contextmanager
     def _prepare_steps(

@@ -29,6 +29,7 @@ from multilstm.ops.reference import (
     linear_cross_entropy,
     lstm,
     lstm_stack,
+    make_test_function,
     make_train_function,
     steps_per_dispatch,
     sync_variables,
@@ -52,6 +53,7 @@ if keras.config.backend() == "jax":
 elif keras.config.backend() == "torch":
     from multilstm.ops.graphs_torch import (
         dropout,
+        make_test_function,
         make_train_function,
         steps_per_dispatch,
     )
@@ -115,6 +117,7 @@ __all__ = [
     "logs_to_reduce",
     "lstm",
     "lstm_stack",
+    "make_test_function",
     "make_train_function",
     "rows_here",
     "scale_loss",

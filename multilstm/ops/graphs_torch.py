@@ -64,6 +64,18 @@ def make_train_function(model: Any) -> Any:
     return RecordedSteps(model)
 
 
+def make_test_function(model: Any) -> Any:
+    """As `reference.make_test_function`; Keras's takes the first batch."""
+    if not torch.cuda.is_available():
+        return None
+
+    @torch.no_grad()
+    def test_function(batches: list[Any]) -> Any:
+        return [model.test_step(batch) for batch in batches][-1]
+
+    return test_function
+
+
 class RecordedSteps:
     """Trains on batches: the first of a shape eagerly, then by a recording.
 

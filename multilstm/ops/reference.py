@@ -376,6 +376,10 @@ def make_train_function(model: Any) -> Any:
     """
 
 
+def make_test_function(model: Any) -> Any:
+    """What `evaluate` calls; as `make_train_function`."""
+
+
 def feed(dataset: Any, *, shuffle: bool) -> Any:
     """What `fit` takes for a dataset of small arrays; here itself.
 
