@@ -181,6 +181,36 @@ def test_each_shape_has_its_own_recording_from_its_second_batch_on(
     assert_same(model, other)
 
 
+def test_batches_may_be_arrays_and_may_lack_weights(rng, steps_of):
+    model, other = make_model(), make_model()
+    batches = batches_of(rng)
+    steps_of(model)(batches)
+    steps_of(other)([(x.numpy(), y.numpy(), None) for x, y in batches])
+    assert_same(model, other)
+
+
+def test_what_asks_the_host_in_every_step_is_not_recorded(
+    rng, monkeypatch, steps_of
+):
+    import torch
+
+    from multilstm.ops import graphs_torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, other = (make_model("zaremba_medium") for _ in range(2))
+    assert isinstance(graphs_torch.make_train_function(model), steps_of)
+    optimizer = keras.optimizers.Adam(gradient_accumulation_steps=2)
+    model.compile(optimizer)
+    train = graphs_torch.make_train_function(model)
+    assert not isinstance(train, steps_of)
+    other.compile(keras.optimizers.Adam(gradient_accumulation_steps=2))
+    batches = batches_of(rng)
+    train(batches)
+    for batch in batches:
+        other.train_step(batch)
+    assert_same(model, other)
+
+
 def test_what_has_moved_is_recorded_anew(rng, steps_of):
     model = make_model()
     batches = batches_of(rng)
@@ -239,7 +269,7 @@ def test_fit_takes_groups_of_steps_where_there_is_a_gpu(
     import torch
 
     ids = rng.integers(V, size=200).astype(np.int32)
-    data = ContinuousStreams(ids, STEPS, ROWS)
+    data = ContinuousStreams(ids, STEPS, ROWS, drop_remainder=True)
     none = {f"{kind}_dropout": 0.0 for kind in ("input", "hidden", "output")}
     predictions = []
 

@@ -11,6 +11,7 @@ changes which LSTM kernel runs.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -620,7 +621,14 @@ class LanguageModel(keras.Model):
             data = feed(data, shuffle=False)
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:
-            yield data
+            with warnings.catch_warnings():
+                if (
+                    steps > 1
+                ):  # PyTorch's loop says so of a group that is smaller
+                    warnings.filterwarnings(
+                        "ignore", "Your input ran out of data"
+                    )
+                yield data
         finally:
             self._rows = self.text = self._usual_length = None
             self.steps_per_execution = before

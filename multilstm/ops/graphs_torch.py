@@ -56,6 +56,8 @@ def make_train_function(model: Any) -> Any:
         model.run_eagerly
         or model.jit_compile
         or torch.distributed.is_initialized()
+        # There Keras asks in every step whether the weights move in it.
+        or model.optimizer.gradient_accumulation_steps
     ):
         step = model.train_step
         if model.jit_compile:
@@ -109,8 +111,8 @@ class RecordedSteps:
         return self.model.get_metrics_result()
 
     def _step(self, batch: Any) -> None:
-        leaves = keras.tree.flatten(batch)
-        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        leaves = _arrays_in(batch)
+        key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
         if key in self.shapes_seen and key not in self.graphs:
             self._record(key, batch)
         self.shapes_seen.add(key)
@@ -119,7 +121,7 @@ class RecordedSteps:
             return
         inputs, graph = self.graphs[key]
         for place, leaf in zip(inputs, leaves, strict=True):
-            place.copy_(leaf)
+            place.copy_(torch.as_tensor(leaf))
         graph.replay()
 
     def _train(self, batch: Any) -> None:
@@ -135,7 +137,12 @@ class RecordedSteps:
             return
         device = self.generator.device
         inputs = keras.tree.map_structure(
-            lambda leaf: leaf.to(device, copy=True), batch
+            lambda leaf: (
+                leaf
+                if leaf is None
+                else torch.as_tensor(leaf).to(device, copy=True)
+            ),
+            batch,
         )
         try:
             graph = self._capture(lambda: self._train(inputs))
@@ -147,7 +154,7 @@ class RecordedSteps:
                 f"{str(error).strip().splitlines()[0]}"
             )
             return
-        self.graphs[key] = keras.tree.flatten(inputs), graph
+        self.graphs[key] = _arrays_in(inputs), graph
 
     def _capture(self, step: Callable[[], None]) -> Any:
         """What `replay()` of takes this step; Python runs it only now."""
@@ -174,6 +181,11 @@ class RecordedSteps:
         self.graphs: dict[Any, tuple[list[Any], Any]] = {}
         self.shapes_seen: set[Any] = set()
         self.pool = None
+
+
+def _arrays_in(batch: Any) -> list[Any]:
+    """Without the None that stands for no weights."""
+    return [leaf for leaf in keras.tree.flatten(batch) if leaf is not None]
 
 
 class Constants(TorchFunctionMode):
