@@ -619,6 +619,16 @@ def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):
     assert path.name == "chip-float32-2x8-batch4-length4-words16.json"
 
 
+def test_choice_on_a_gpu_is_that_for_tf32_unless_told(result, monkeypatch):
+    choose(result)
+    assert choices.find_choice("Chip")["dtype"] == "float32"
+    monkeypatch.setattr(devices, "_nvml", lambda: ("NVML", "its GPU"))
+    assert choices.find_choice("Chip") is None
+    assert choices.find_choice("Chip", "float32")["dtype"] == "float32"
+    choose(result | {"dtype": "tf32"})
+    assert choices.find_choice("Chip")["dtype"] == "tf32"
+
+
 def test_broken_choice_is_passed_over(result, own_cache):
     Path(choose(result)["path"]).write_text("{")
     assert choices.find_choice("Chip") is None

@@ -238,8 +238,8 @@ class Measure(Common):
     """Words in a row."""
     vocabulary_size: int | None = None
     """Number of words. Default: 10,000."""
-    dtype: Dtype = "float32"
-    """Of the products."""
+    dtype: Dtype | None = None
+    """Of the products. Default: tf32 on a GPU, float32 elsewhere."""
     processes: int = 3
     """How often each backend is started anew: one process of a framework may
     be a fifth slower than the next."""

@@ -78,7 +78,7 @@ def bench(
     shapes: Sequence[Shape],
     *,
     model: Path | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     peers: bool = False,
     processes: int = 3,
     rounds: int = 3,
@@ -94,6 +94,7 @@ def bench(
         shapes: Sizes of networks and batches; with `model` those of batches.
         model: A `.keras` file to train instead.
         dtype: Of the products: `"float32"`, `"tf32"` or `"bfloat16"`.
+            Default: what training takes, TF32 on a GPU.
         peers: Whether to time stock Keras and the framework's own loop too.
         processes: How often all is started anew. One process of a framework
             may be a fifth slower than the next, for all its life.
@@ -115,6 +116,7 @@ def bench(
             "A benchmark needs at least one backend and none is installed. "
             "Install one with: pip install 'multilstm[jax]'"
         )
+    dtype = dtype or devices.usual_precision()
     if model and dtype == "bfloat16":
         raise UserError(
             "A model of one's own has the dtype that its file names; received "

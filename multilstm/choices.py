@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from multilstm.devices import usual_precision
 from multilstm.errors import UserError
 from multilstm.files import cache_folder, read_json, write_json
 
@@ -59,20 +60,21 @@ def save_choice(choice: Mapping[str, Any]) -> Path:
 
 def find_choice(
     device: str,
-    dtype: str = "float32",
+    dtype: str | None = None,
     shape: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The choice made for this device whose class is nearest to a shape.
 
     Args:
         device: Its name.
-        dtype: Of the products.
+        dtype: Of the products; None is what training takes.
         shape: Sizes; None takes the choice that was made last.
 
     Returns:
         The choice, or None. A file that cannot be read is passed over with
         no word, as one of an older version is: `choose` writes it anew.
     """
+    dtype = dtype or usual_precision()
     found = []
     for path in sorted((cache_folder() / "choices").glob("*.json")):
         try:

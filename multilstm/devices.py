@@ -36,6 +36,11 @@ def device_and_driver() -> tuple[str, str | None]:
     return str(name), str(version)
 
 
+def usual_precision() -> str:
+    """What training multiplies in, untold: `"tf32"` on a GPU, or `"float32"`."""
+    return "float32" if _nvml() is None else "tf32"
+
+
 def gpu_joules() -> float | None:
     """The energy that the GPU has used since its driver was loaded.
 

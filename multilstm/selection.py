@@ -123,13 +123,13 @@ def _chosen(shape: Mapping[str, Any] | None) -> tuple[str | None, str]:
 
 
 def valid_choice(
-    shape: Mapping[str, Any], dtype: str, pythons: Mapping[str, Path]
+    shape: Mapping[str, Any], dtype: str | None, pythons: Mapping[str, Path]
 ) -> tuple[dict[str, Any] | None, str]:
     """The choice kept for this very class of shapes, if it still holds.
 
     Args:
         shape: Sizes.
-        dtype: Of the products.
+        dtype: Of the products; None is what training takes.
         pythons: For each backend the Python that has it: a choice among
             others does not hold.
 
