@@ -1,6 +1,7 @@
 """The benchmark runs, and what it compares computes the same."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
 LARGE_VOCABULARY = SCRIPT.with_name("large_vocabulary.py")
+ON_GPU = SCRIPT.with_name("on_gpu.py")
 
 
 def run(*arguments, script=SCRIPT):
@@ -112,3 +114,53 @@ def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):
     rows = run("--markdown", out, script=LARGE_VOCABULARY).stdout.splitlines()
     assert f"{found['tokens_per_second']:,.0f} tokens/s" in rows[3]
     assert rows[4] == "| adaptive |  |"
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
+    script = runpy.run_path(str(ON_GPU))
+    quick = "import os; print('first'); print(os.environ['WORD'])"
+    stops = (
+        "import signal, sys, time; print('begun', flush=True);"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped')));"
+        "time.sleep(60)"
+    )
+    programs = {"quick": quick, "fails": "1 / 0", "stops": stops}
+    group = [
+        script["Task"](name, (sys.executable, "-c", text), {"WORD": "last"})
+        for name, text in programs.items()
+    ]
+    script["run"](group, 5, tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in said[::2]] == [
+        "quick: exit 0",
+        "fails: exit 1",
+        "stops: exit 0",
+    ]
+    assert [line.strip() for line in said[1::2]] == [
+        "last",
+        "ZeroDivisionError: division by zero",
+        "stopped",
+    ]
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
+    tasks = runpy.run_path(str(ON_GPU))["tasks"]
+    pythons = {"jax": Path("a"), "torch": Path("b")}
+    (tmp_path / "awd-torch").mkdir()
+    names, commands = [], {}
+    for _, group in tasks(pythons, tmp_path):
+        names.append([task.name for task in group])
+        commands |= {task.name: task.command for task in group}
+    assert names == [
+        ["recorded-steps"],
+        ["adam_512-jax"],
+        ["adam_512-torch"],
+        ["zaremba_medium-torch"],
+        ["lstm-step"],
+        ["awd-torch", "best-torch"],
+    ]
+    assert commands["adam_512-jax"][0] == "a"
+    assert "--preset" in commands["best-torch"]
+    assert "--preset" not in commands["awd-torch"]

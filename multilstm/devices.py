@@ -37,7 +37,7 @@ def device_and_driver() -> tuple[str, str | None]:
 
 
 def usual_precision() -> str:
-    """What training multiplies in, untold: `"tf32"` on a GPU, or `"float32"`."""
+    """What training multiplies in untold: `"tf32"` on a GPU or `"float32"`."""
     return "float32" if _nvml() is None else "tf32"
 
 

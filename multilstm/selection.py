@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from multilstm import __version__
 from multilstm.choices import find_choice, shape_class, why_stale
 from multilstm.devices import device_and_driver
 from multilstm.errors import UserError
@@ -35,10 +36,9 @@ def installed_versions(backend: str) -> dict[str, str]:
     """Versions of what decides a backend's speed, without importing it."""
     distributions = {"tensorflow": ("tensorflow", "tensorflow-cpu")}
     names = distributions.get(backend, (backend,))
-    found = {
-        name: importlib.metadata.version(name)
-        for name in ("multilstm", "keras", "numpy")
-    }
+    found = {"multilstm": __version__}  # which need not be installed
+    for name in ("keras", "numpy"):
+        found[name] = importlib.metadata.version(name)
     for name in names:
         try:
             found[backend] = importlib.metadata.version(name)

@@ -1,0 +1,139 @@
+"""Everything that is still to be seen on a GPU, as far as the minutes go.
+
+    python benchmarks/on_gpu.py --minutes 14 --out FOLDER \\
+        --python torch=PATH --python jax=PATH --python tensorflow=PATH
+
+In this order: recorded steps of PyTorch; `adam_512` on each backend, alone, for
+the time to its perplexity; `zaremba_medium`; training steps of all backends;
+`awd` and `best` side by side, stopped with a checkpoint when the time is over.
+The corpus is Penn Treebank, from MULTILSTM_DATA or by download. What fails is
+told and the rest goes on; logs and run folders are in FOLDER, and what is there
+already is gone on from.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from multilstm.selection import parse_pythons
+
+HERE = Path(__file__).parent
+SECONDS_TO_STOP = 30  # for a checkpoint and the figures so far
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command, and in which file of the folder its output goes."""
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def tasks(
+    pythons: dict[str, Path], out: Path
+) -> Iterator[tuple[float, list[Task]]]:
+    """Groups of tasks that run side by side, and the most seconds for each."""
+
+    def training(preset: str, backend: str) -> Task:
+        folder = out / f"{preset}-{backend}"
+        asked = [] if folder.exists() else ["--preset", preset]
+        command = (
+            *(str(pythons[backend]), "-m", "multilstm", "train", "--resume"),
+            *("--corpus", "ptb", "--out", str(folder), *asked),
+        )
+        return Task(folder.name, command, {"KERAS_BACKEND": backend})
+
+    first = "torch" if "torch" in pythons else next(iter(pythons))
+    if "torch" in pythons:
+        script = str(HERE / "recorded_steps.py")
+        result = str(out / "recorded-steps.json")
+        command = (str(pythons["torch"]), script, "--out", result)
+        yield (
+            90,
+            [Task("recorded-steps", command, {"KERAS_BACKEND": "torch"})],
+        )
+    for backend in pythons:
+        yield 150, [training("adam_512", backend)]
+    yield 360, [training("zaremba_medium", first)]
+    named = [f"--python={name}={path}" for name, path in pythons.items()]
+    command = (
+        *(sys.executable, str(HERE / "lstm_step.py"), "--require-gpu", *named),
+        *("--precision", "tf32", "--steps", "100", "--rounds", "3"),
+        *("--variants", "ours", "native", "native_compiled"),
+        *("--shapes", "tutorial", "zaremba_medium", "awd"),
+        *("--out", str(out / "lstm-step.json")),
+    )
+    yield 300, [Task("lstm-step", command)]
+    yield float("inf"), [training("awd", first), training("best", first)]
+
+
+def run(group: Sequence[Task], seconds: float, out: Path) -> None:
+    """Runs tasks side by side, asks what is left to stop, and tells of each."""
+    deadline = time.monotonic() + seconds
+    with contextlib.ExitStack() as closed_at_end:
+        running = [
+            (task, start(task, out, closed_at_end), time.monotonic())
+            for task in group
+        ]
+        for task, process, began in running:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.wait()
+            took = time.monotonic() - began
+            print(f"{task.name}: exit {process.returncode}, {took:.0f} s")
+            print(f"    {last_line(out / f'{task.name}.log')}", flush=True)
+
+
+def start(
+    task: Task, out: Path, closed_at_end: contextlib.ExitStack
+) -> "subprocess.Popen[bytes]":
+    log = closed_at_end.enter_context((out / f"{task.name}.log").open("ab"))
+    return subprocess.Popen(
+        task.command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | task.environment,
+    )
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    said = [line for line in lines if line.strip()]
+    return said[-1][:200] if said else "said nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--minutes", type=float, required=True, help="for all together")
+    add("--python", action="append", required=True, metavar="BACKEND=PATH")
+    add("--out", type=Path, required=True, metavar="FOLDER")
+    add("--only", nargs="+", metavar="TASK", help="names of tasks")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    for most, group in tasks(parse_pythons(options.python), options.out):
+        wanted = [t for t in group if t.name in (options.only or [t.name])]
+        left = end - time.monotonic() - SECONDS_TO_STOP
+        if wanted and left > 0:
+            run(wanted, min(most, left), options.out)
+        for task in wanted if left <= 0 else ():
+            print(f"{task.name}: no time left")
+
+
+if __name__ == "__main__":
+    main()
