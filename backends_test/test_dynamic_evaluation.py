@@ -1,10 +1,13 @@
 """Dynamic evaluation against its steps made one by one, by other means."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
+from tiny_runs import float32_products
 
-from multilstm import ContinuousStreams, LanguageModel
+from multilstm import ContinuousStreams, LanguageModel, ops
 from multilstm import dynamic_evaluation as module
 from multilstm.dynamic_evaluation import DynamicEvaluator, step_sizes
 from multilstm.errors import UserError
@@ -173,3 +176,23 @@ def test_settings_out_of_range_are_refused(change, message):
 def test_segment_of_no_word_is_refused():
     with pytest.raises(UserError, match="`segment_length` must be at least 1"):
         DynamicEvaluator(make_model(), 0)
+
+
+def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
+    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    settings = []
+
+    def spy(*_):
+        settings.append(float32_products())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Learner, "of", spy)
+    evaluator = DynamicEvaluator(make_model(), SEGMENT)
+    with ops.tf32(True):
+        with pytest.raises(KeyboardInterrupt):
+            evaluator.mean_squares(text)
+        with pytest.raises(KeyboardInterrupt):
+            evaluator.read(text, learning_rate=0.1, decay=0.0)
+    with ops.tf32(False):
+        assert settings == [float32_products()] * 2

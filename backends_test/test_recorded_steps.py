@@ -185,41 +185,61 @@ def test_batches_may_be_arrays_and_may_lack_weights(rng, steps_of):
     model, other = make_model(), make_model()
     batches = batches_of(rng)
     steps_of(model)(batches)
-    steps_of(other)([(x.numpy(), y.numpy(), None) for x, y in batches])
+    arrays = [(x.numpy(), y.numpy(), None) for x, y in batches]
+    for x, _, _ in arrays:
+        x.flags.writeable = False
+    steps_of(other)(arrays)
     assert_same(model, other)
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["accumulation", "momentum", "AdamW", "metric", "adaptive", "sampled"],
+)
 def test_what_asks_the_host_in_every_step_is_not_recorded(
-    rng, monkeypatch, steps_of
+    monkeypatch, steps_of, case
+):
+    from multilstm.ops import graphs_torch
+
+    monkeypatch.setattr(graphs_torch, "has_gpu", lambda: True)
+    plain = make_model()
+    assert isinstance(graphs_torch.make_train_function(plain), steps_of)
+    sizes = {"cutoffs": (4,)} if case == "adaptive" else {}
+    is_softmax = case in ("adaptive", "sampled")
+    model = make_model(softmax=case if is_softmax else "exact", **sizes)
+    optimizers = keras.optimizers
+    model.compile(
+        {
+            "accumulation": optimizers.Adam(gradient_accumulation_steps=2),
+            "momentum": optimizers.SGD(1.0, momentum=0.9),
+            "AdamW": optimizers.AdamW(),
+        }.get(case),
+        metrics=["accuracy"] if case == "metric" else None,
+    )
+    assert graphs_torch.make_train_function(model) is None
+
+
+@pytest.mark.parametrize("what", ["place", "precision", "trainable"])
+def test_what_is_no_longer_as_it_was_is_recorded_anew(
+    rng, steps_of, monkeypatch, what
 ):
     import torch
 
-    from multilstm.ops import graphs_torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model, other = (make_model("zaremba_medium") for _ in range(2))
-    assert isinstance(graphs_torch.make_train_function(model), steps_of)
-    optimizer = keras.optimizers.Adam(gradient_accumulation_steps=2)
-    model.compile(optimizer)
-    train = graphs_torch.make_train_function(model)
-    assert not isinstance(train, steps_of)
-    other.compile(keras.optimizers.Adam(gradient_accumulation_steps=2))
-    batches = batches_of(rng)
-    train(batches)
-    for batch in batches:
-        other.train_step(batch)
-    assert_same(model, other)
-
-
-def test_what_has_moved_is_recorded_anew(rng, steps_of):
     model = make_model()
     batches = batches_of(rng)
     steps = steps_of(model)
     steps(batches[:3])
     value = model.trainable_variables[0].value
-    value.data = value.data.clone()
+    if what == "place":
+        value.data = value.data.clone()
+    elif what == "precision":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    else:
+        model.embedding.trainable = False
+    kept = value.detach().clone()
     steps(batches[3:])
     assert steps.num_recorded == 2
+    assert torch.equal(kept, value) == (what == "trainable")
 
 
 def test_what_cannot_be_recorded_runs_all_the_same_and_says_why(
@@ -266,7 +286,7 @@ def test_fit_takes_groups_of_steps_where_there_is_a_gpu(
     rng, steps_of, monkeypatch
 ):
     """And reaches what Keras's own loop does, but for masks."""
-    import torch
+    from multilstm.ops import graphs_torch
 
     ids = rng.integers(V, size=200).astype(np.int32)
     data = ContinuousStreams(ids, STEPS, ROWS, drop_remainder=True)
@@ -291,7 +311,7 @@ def test_fit_takes_groups_of_steps_where_there_is_a_gpu(
         return model, history
 
     other, expected = fit()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(graphs_torch, "has_gpu", lambda: True)
     monkeypatch.setattr("multilstm.model.steps_per_dispatch", lambda flops: 4)
     model, history = fit()
     assert_same(model, other)

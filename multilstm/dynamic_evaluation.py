@@ -29,6 +29,7 @@ from multilstm.errors import UserError
 from multilstm.evaluation import Evaluation
 from multilstm.layers import reset_carried_state
 from multilstm.model import LanguageModel
+from multilstm.ops import tf32
 
 Weights = list[NDArray[np.float32]]
 
@@ -66,6 +67,7 @@ class DynamicEvaluator:
         self._learner: _Learner | None = None
         self._streams: ContinuousStreams | None = None
 
+    @tf32(False)
     def mean_squares(
         self,
         token_ids: NDArray[np.int32],
@@ -102,6 +104,7 @@ class DynamicEvaluator:
             for total in optimizer.totals
         ]
 
+    @tf32(False)
     def read(
         self,
         token_ids: NDArray[np.int32],

@@ -583,8 +583,9 @@ class LanguageModel(keras.Model):
         """As `keras.Model.predict`; starts from a state of zeros."""
         if self.carry_state:
             self._prepare_carry(args, kwargs)
-        # In a callback of `fit` it may be many, which PyTorch refuses.
-        before, self.steps_per_execution = self.steps_per_execution, 1
+        # Within a `fit` it may be many, which PyTorch refuses.
+        before = self.steps_per_execution
+        self.steps_per_execution = self._asked_steps or 1
         try:
             return super().predict(*args, **kwargs)
         finally:
@@ -622,9 +623,8 @@ class LanguageModel(keras.Model):
         before, self.steps_per_execution = self.steps_per_execution, steps
         try:
             with warnings.catch_warnings():
-                if (
-                    steps > 1
-                ):  # PyTorch's loop says so of a group that is smaller
+                # PyTorch's loop says so of a group that is smaller.
+                if chooses and steps > 1:
                     warnings.filterwarnings(
                         "ignore", "Your input ran out of data"
                     )
@@ -650,6 +650,11 @@ class LanguageModel(keras.Model):
             num_weights += (features + layer.units) * 4 * layer.units
             features = layer.units
         return num_weights
+
+    def forget_steps(self) -> None:
+        """Frees what compiled or recorded steps hold."""
+        self._functions = {}
+        self.train_function = self.test_function = None
 
     def least_num_weights(self) -> int:
         """What embeddings and kernels alone have, before they are built."""

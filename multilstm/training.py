@@ -8,6 +8,7 @@ checkpoint ends as if it had never been stopped.
 """
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import math
@@ -239,6 +240,7 @@ def train(
                 if not retries or error.asked_to_stop:
                     raise
                 retries -= 1
+                gc.collect()  # of the model, which refers to itself
                 resume = True
                 given["learning_rate"] = error.learning_rate / 2
                 logger.warning(
@@ -372,6 +374,7 @@ def _train_held(
         return _cut(plan, train_ids, settings["seed"], epoch)
 
     _fit(model, cut, keeper, times, progress=progress)
+    model.forget_steps()
     speed = times.summary(_tokens_per_step(batches, plan))
     return _finish(model, settings, keeper, speed)
 

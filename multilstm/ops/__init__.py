@@ -55,6 +55,7 @@ elif keras.config.backend() == "torch":
         dropout,
         make_test_function,
         make_train_function,
+        starts_singly,
         steps_per_dispatch,
     )
     from multilstm.ops.parallel_torch import add_gradients, use_devices

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from multilstm.ops import reference
 from multilstm.ops.evidence import explain_once
+from multilstm.ops.torch import has_gpu
 
 _MOST_GRAPHS = 128  # one for each shape of batches
 
@@ -43,32 +44,38 @@ def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
 
 def steps_per_dispatch(flops: float) -> int:
     """As `reference.steps_per_dispatch`."""
-    if not torch.cuda.is_available():
-        return 1
-    return reference.steps_in_a_dispatch(flops, on_cpu=False)
+    return reference.steps_in_a_dispatch(flops, on_cpu=not has_gpu())
+
+
+def starts_singly(model: Any) -> bool:
+    """As `parallel.starts_singly`: all but what can be recorded.
+
+    The others ask the host in each step: how many of the words are rare, or
+    whether a momentum is in use. To fail at that within a recording leaves
+    PyTorch's allocator as if the recording went on.
+    """
+    is_plain = any(
+        reference.is_plain(model.optimizer, kind) for kind in ("Adam", "SGD")
+    )
+    return not (
+        has_gpu()
+        and is_plain
+        and model.uses_own_loss
+        and not model.needs_logits
+        and model.settings["softmax"] == "exact"
+        and not (model.run_eagerly or model.jit_compile)
+        and not torch.distributed.is_initialized()
+    )
 
 
 def make_train_function(model: Any) -> Any:
     """As `reference.make_train_function`: on a GPU, replays of a recording."""
-    if not torch.cuda.is_available():
-        return None
-    if (
-        model.run_eagerly
-        or model.jit_compile
-        or torch.distributed.is_initialized()
-        # There Keras asks in every step whether the weights move in it.
-        or model.optimizer.gradient_accumulation_steps
-    ):
-        step = model.train_step
-        if model.jit_compile:
-            step = torch.compile(step)
-        return lambda batches: [step(batch) for batch in batches][-1]
-    return RecordedSteps(model)
+    return None if starts_singly(model) else RecordedSteps(model)
 
 
 def make_test_function(model: Any) -> Any:
     """As `reference.make_test_function`; Keras's takes the first batch."""
-    if not torch.cuda.is_available():
+    if model.steps_per_execution == 1:
         return None
 
     @torch.no_grad()
@@ -87,17 +94,18 @@ class RecordedSteps:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.text = model.text  # which recordings read, so that it stays
         device = model.metrics_variables[0].value.device
         self.generator = torch.Generator(device)
         self.is_refused = False
         self.step, self.version = 0, -1
-        self.addresses: list[int] = []
+        self.fixed: Any = None
         self.pool: Any = None  # of memory, for all graphs
         self._forget()
 
     def __call__(self, batches: list[Any]) -> Any:
         """Takes a step for each batch; gives the metrics after the last."""
-        if self._addresses() != self.addresses:
+        if self._fixed() != self.fixed:
             self._forget()
         iterations = self.model.optimizer.iterations.value
         if iterations._version != self.version:  # set by others
@@ -106,7 +114,7 @@ class RecordedSteps:
             self.generator.manual_seed(self.model.step_seed + self.step)
             self._step(batch)
             self.step += 1
-        self.addresses = self._addresses()
+        self.fixed = self._fixed()
         self.version = iterations._version
         return self.model.get_metrics_result()
 
@@ -121,7 +129,7 @@ class RecordedSteps:
             return
         inputs, graph = self.graphs[key]
         for place, leaf in zip(inputs, leaves, strict=True):
-            place.copy_(torch.as_tensor(leaf))
+            place.copy_(_tensor(leaf))
         graph.replay()
 
     def _train(self, batch: Any) -> None:
@@ -138,9 +146,7 @@ class RecordedSteps:
         device = self.generator.device
         inputs = keras.tree.map_structure(
             lambda leaf: (
-                leaf
-                if leaf is None
-                else torch.as_tensor(leaf).to(device, copy=True)
+                None if leaf is None else _tensor(leaf, copy_to=device)
             ),
             batch,
         )
@@ -148,6 +154,9 @@ class RecordedSteps:
             graph = self._capture(lambda: self._train(inputs))
         except RuntimeError as error:
             self.is_refused = True
+            # This one may wait for the recording to go on.
+            seed = self.generator.initial_seed()
+            self.generator = torch.Generator(device).manual_seed(seed)
             explain_once(
                 "torch: the training step cannot be recorded as a CUDA graph, "
                 "so its kernels are started one by one: "
@@ -171,16 +180,27 @@ class RecordedSteps:
             step()
         return graph
 
-    def _addresses(self) -> list[int]:
-        """Where the variables are, which a graph writes to."""
+    def _fixed(self) -> Any:
+        """What a recording has in it: where variables are, and precisions."""
         variables = (*self.model.variables, *self.model.optimizer.variables)
-        return [variable.value.data_ptr() for variable in variables]
+        return (
+            [variable.value.data_ptr() for variable in variables],
+            [variable.trainable for variable in self.model.variables],
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+        )
 
     def _forget(self) -> None:
         """Begins anew, as when variables have moved."""
         self.graphs: dict[Any, tuple[list[Any], Any]] = {}
         self.shapes_seen: set[Any] = set()
         self.pool = None
+
+
+def _tensor(leaf: Any, *, copy_to: Any = None) -> Any:
+    # An array that nobody may write to has to be copied.
+    tensor = leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf)
+    return tensor if copy_to is None else tensor.to(copy_to, copy=True)
 
 
 def _arrays_in(batch: Any) -> list[Any]:
@@ -195,8 +215,10 @@ class Constants(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is torch.as_tensor and isinstance(
-            args[0], (bool, int, float)
+        if (
+            function is torch.as_tensor
+            and args
+            and isinstance(args[0], (bool, int, float))
         ):
             return torch.full((), args[0], **kwargs)
         return function(*args, **kwargs)

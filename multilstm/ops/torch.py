@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import keras
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +72,10 @@ def lstm_stack(
         or len(sizes) > 1
         # As training with dropout between has stored them: to store them
         # together for an evaluation would be undone by the next step.
-        or all(_fill_a_block([layer]) for layer in weights)
+        or (
+            not torch.compiler.is_compiling()
+            and all(_fill_a_block([layer]) for layer in weights)
+        )
     ):
         return reference.stack(lstm, x, states, weights)
     y, h, c = _observe(
@@ -475,7 +479,8 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> dict[str, Any]:
 
 def has_gpu() -> bool:
     """As `reference.has_gpu`."""
-    return bool(torch.cuda.is_available())
+    # Keras can be told to leave a GPU alone.
+    return torch.cuda.is_available() and bool(keras.ops.zeros(()).is_cuda)
 
 
 @contextmanager
