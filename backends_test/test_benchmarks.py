@@ -148,7 +148,6 @@ def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
 def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
     tasks = runpy.run_path(str(ON_GPU))["tasks"]
     pythons = {"jax": Path("a"), "torch": Path("b")}
-    (tmp_path / "awd-torch").mkdir()
     names, commands = [], {}
     for _, group in tasks(pythons, tmp_path):
         names.append([task.name for task in group])
@@ -162,5 +161,7 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["awd-torch", "best-torch"],
     ]
     assert commands["adam_512-jax"][0] == "a"
-    assert "--preset" in commands["best-torch"]
-    assert "--preset" not in commands["awd-torch"]
+    for name in ("adam_512-jax", "awd-torch", "best-torch"):
+        preset = name.rpartition("-")[0]
+        assert commands[name][commands[name].index("--preset") + 1] == preset
+        assert "--resume" in commands[name]  # begins where there is none

@@ -44,10 +44,9 @@ def tasks(
 
     def training(preset: str, backend: str) -> Task:
         folder = out / f"{preset}-{backend}"
-        asked = [] if folder.exists() else ["--preset", preset]
         command = (
             *(str(pythons[backend]), "-m", "multilstm", "train", "--resume"),
-            *("--corpus", "ptb", "--out", str(folder), *asked),
+            *("--preset", preset, "--corpus", "ptb", "--out", str(folder)),
         )
         return Task(folder.name, command, {"KERAS_BACKEND": backend})
 
@@ -83,16 +82,17 @@ def run(group: Sequence[Task], seconds: float, out: Path) -> None:
             (task, start(task, out, closed_at_end), time.monotonic())
             for task in group
         ]
-        for task, process, began in running:
-            try:
+        for _, process, _ in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
+        for _, process, _ in running:
+            process.send_signal(signal.SIGTERM)  # one that has ended hears none
+        for task, process, began in running:
             try:
                 process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
                 process.kill()
-            process.wait()
+                process.wait()
             took = time.monotonic() - began
             print(f"{task.name}: exit {process.returncode}, {took:.0f} s")
             print(f"    {last_line(out / f'{task.name}.log')}", flush=True)

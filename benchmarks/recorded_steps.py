@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -78,16 +79,14 @@ def kernels_of(model: Any, data: ContinuousStreams) -> list[dict[str, Any]]:
 
 def measure(preset: Preset, steps: int, fits: int) -> dict[str, Any]:
     data = words_of(preset, steps)
-    record = RecordedSteps._record
     found: dict[str, Any] = {"preset": preset.name, "steps": len(data)}
     weights = {}
     for way in WAYS:
         if way == "one_by_one":
-            RecordedSteps._record = lambda *_: None  # type: ignore
-        try:
+            with mock.patch.object(RecordedSteps, "_record"):
+                model, step_ms = train(preset, data, fits=fits)
+        else:
             model, step_ms = train(preset, data, fits=fits)
-        finally:
-            RecordedSteps._record = record  # type: ignore[method-assign]
         first, *others = step_ms
         weights[way] = model.get_weights()
         found[way] = {

@@ -219,7 +219,7 @@ class Worker:
         self.dtype = "bfloat16" if precision == "bfloat16" else "float32"
         return {
             "device": ops.device_name(),
-            "gpu": native_loops.has_gpu(self.backend),
+            "gpu": ops.has_gpu(),
             "devices": native_loops.list_devices(self.backend),
             "libraries": native_loops.list_libraries(self.backend),
             "precision_defaults": defaults,
@@ -338,7 +338,9 @@ class Worker:
         }
 
     def time_window(self, variant: str) -> dict[str, Any]:
-        has_gpu = native_loops.has_gpu(self.backend)
+        from multilstm import ops
+
+        has_gpu = ops.has_gpu()
         joules_before = devices.gpu_joules() if has_gpu else None
         began = time.perf_counter()
         self.loops[variant](self.window)

@@ -110,20 +110,6 @@ def cudnn_vectors(shape: Any, lstms: list) -> list[np.ndarray]:
     return vectors
 
 
-def has_gpu(backend: str) -> bool:
-    if backend == "torch":
-        import torch
-
-        return torch.cuda.is_available()
-    if backend == "jax":
-        import jax
-
-        return jax.default_backend() == "gpu"
-    import tensorflow as tf
-
-    return bool(tf.config.list_logical_devices("GPU"))
-
-
 def describe_precision(backend: str) -> dict[str, Any]:
     """How a framework multiplies float32 as it comes."""
     if backend == "torch":
@@ -183,7 +169,9 @@ def list_libraries(backend: str) -> dict[str, str | None]:
 
 def gpu_peak_bytes(backend: str) -> int | None:
     """The most memory that the framework had in use on its GPU so far."""
-    if not has_gpu(backend):
+    from multilstm import ops
+
+    if not ops.has_gpu():
         return None
     if backend == "torch":
         import torch
@@ -199,7 +187,9 @@ def gpu_peak_bytes(backend: str) -> int | None:
 
 
 def forget_gpu_peak(backend: str) -> None:
-    if not has_gpu(backend):
+    from multilstm import ops
+
+    if not ops.has_gpu():
         return
     if backend == "torch":
         import torch

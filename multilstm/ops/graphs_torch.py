@@ -105,20 +105,24 @@ class RecordedSteps:
 
     def __call__(self, batches: list[Any]) -> Any:
         """Takes a step for each batch; gives the metrics after the last."""
-        if self._fixed() != self.fixed:
+        fixed = self._fixed()
+        if fixed != self.fixed:
             self._forget()
         iterations = self.model.optimizer.iterations.value
         if iterations._version != self.version:  # set by others
             self.step = int(iterations)  # waits for the device
+        is_replayed = True
         for batch in batches:
             self.generator.manual_seed(self.model.step_seed + self.step)
-            self._step(batch)
+            is_replayed &= self._step(batch)
             self.step += 1
-        self.fixed = self._fixed()
+        # Only a step of Python's moves a variable.
+        self.fixed = fixed if is_replayed else self._fixed()
         self.version = iterations._version
         return self.model.get_metrics_result()
 
-    def _step(self, batch: Any) -> None:
+    def _step(self, batch: Any) -> bool:
+        """Takes a step; whether by a replay."""
         leaves = _arrays_in(batch)
         key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
         if key in self.shapes_seen and key not in self.graphs:
@@ -126,11 +130,12 @@ class RecordedSteps:
         self.shapes_seen.add(key)
         if key not in self.graphs:
             self._train(batch)
-            return
+            return False
         inputs, graph = self.graphs[key]
         for place, leaf in zip(inputs, leaves, strict=True):
             place.copy_(_tensor(leaf))
         graph.replay()
+        return True
 
     def _train(self, batch: Any) -> None:
         token = _generator.set(self.generator)
@@ -184,8 +189,7 @@ class RecordedSteps:
         """What a recording has in it: where variables are, and precisions."""
         variables = (*self.model.variables, *self.model.optimizer.variables)
         return (
-            [variable.value.data_ptr() for variable in variables],
-            [variable.trainable for variable in self.model.variables],
+            [(v.value.data_ptr(), v.trainable) for v in variables],
             torch.get_float32_matmul_precision(),
             torch.backends.cudnn.allow_tf32,
         )
