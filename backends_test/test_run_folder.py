@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import threading
 import zipfile
 
 import keras
@@ -138,6 +139,70 @@ def test_checkpoint_is_read_back_before_it_takes_the_place(folder, monkeypatch):
         folder.save_checkpoint(model, Progress())
     assert folder.checkpoint.read_bytes() == before
     assert not folder.previous_checkpoint.exists()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Files of arrays are written no sooner than this is set."""
+    ready, savez = threading.Event(), np.savez
+
+    def write_when_ready(path, **arrays):
+        assert ready.wait(60)
+        savez(path, **arrays)
+
+    monkeypatch.setattr(np, "savez", write_when_ready)
+    return ready
+
+
+def test_checkpoint_written_behind_holds_what_was_when_it_was_made(
+    folder, slow_disk
+):
+    model = make_model()
+    train_a_little(model)
+    expected = [np.array(weight) for weight in model.get_weights()]
+    with folder.writing_behind():
+        folder.save_checkpoint(model, Progress(HISTORY))
+        assert not folder.checkpoint.exists()
+        assert train_a_little(model)  # goes on meanwhile
+        folder.wait_for_checkpoint(if_done=True)  # does not wait
+        assert not folder.checkpoint.exists()
+        slow_disk.set()
+    assert folder.load_checkpoint(model) == Progress(HISTORY)
+    for weight, before in zip(model.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(weight, before)
+
+
+@pytest.mark.parametrize("told_by", ["the next", "looking", "the end"])
+def test_checkpoint_that_fails_behind_is_told(folder, monkeypatch, told_by):
+    model = make_model()
+    folder.save_checkpoint(model, Progress(HISTORY))
+    before = folder.checkpoint.read_bytes()
+    failed = threading.Event()
+
+    def fail(path, **arrays):
+        failed.set()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    reached = []
+
+    def go_on():
+        with folder.writing_behind():
+            folder.save_checkpoint(model, Progress())
+            assert failed.wait(60)
+            if told_by == "the next":
+                folder.save_checkpoint(model, Progress())
+            while told_by == "looking":
+                folder.wait_for_checkpoint(if_done=True)
+            reached.append(told_by)
+
+    with pytest.raises(WriteError, match="No space left"):
+        go_on()
+    assert reached == (["the end"] if told_by == "the end" else [])
+    assert folder.checkpoint.read_bytes() == before
+    monkeypatch.undo()
+    folder.save_checkpoint(model, Progress())  # tells it once
+    assert folder.previous_checkpoint.read_bytes() == before
 
 
 @pytest.fixture

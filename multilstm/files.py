@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import tempfile
+import secrets
 import tokenize
 import zipfile
 import zlib
@@ -38,12 +38,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix, suffix = _temporary_name(path)
-        handle, name = tempfile.mkstemp(suffix, prefix, path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        new = path.with_name(f"{prefix}{secrets.token_hex(4)}{suffix}")
+        new.touch(exist_ok=False)  # for whom the umask allows
+        temporary = new
         yield temporary
         flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         flush_folder(path.parent)
     except WriteError:
@@ -166,10 +165,3 @@ def cache_folder() -> Path:
     import platformdirs  # which a machine that only measures may not have
 
     return Path(platformdirs.user_cache_dir("multilstm"))
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -23,6 +23,7 @@ import os
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -98,6 +99,8 @@ class RunFolder:
         self.lock = self.path / ".lock"
         self.holder = self.path / ".holder"
         self._identity: tuple[int, int] | None = None  # while it is held
+        self._writer: ThreadPoolExecutor | None = None
+        self._written: Future[None] | None = None  # the last checkpoint
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -215,7 +218,7 @@ class RunFolder:
         return read_json(self.config, schema=CONFIG_SCHEMA)
 
     def write_history(self, history: History) -> None:
-        """Writes one CSV row an epoch, and the curves made from them."""
+        """Writes one CSV row an epoch."""
         if self.devices.rank:
             return
         text = io.StringIO()
@@ -224,6 +227,11 @@ class RunFolder:
         writer.writerows(history)
         self._check_still_there()
         write_text(self.history, text.getvalue())
+
+    def write_curves(self, history: History) -> None:
+        """Draws the curves of a history."""
+        if self.devices.rank:
+            return
         with self.replacing(self.curves) as temporary:
             draw_curves({self.path.name: history}).savefig(temporary, dpi=120)
 
@@ -236,12 +244,15 @@ class RunFolder:
         """Writes everything that training goes on from, in one file.
 
         It is read back before it takes the place of the one before, which
-        is kept beside it.
+        is kept beside it. Within `writing_behind` this goes on while the
+        caller does.
 
         Raises:
             WriteError: If the system refuses, or the file is not what was
-                written. Then the checkpoint before is still there.
+                written. Then the checkpoint before is still there. Within
+                `writing_behind` it may be of the checkpoint before this one.
         """
+        self.wait_for_checkpoint()
         arrays = self._read_state(model)
         if self.devices.rank:
             return
@@ -250,6 +261,38 @@ class RunFolder:
             "backend": keras.config.backend(),
             **asdict(reached),
         }
+        if self._writer is None:
+            self._write_checkpoint(about, arrays)
+            return
+        self._written = self._writer.submit(
+            self._write_checkpoint, about, arrays
+        )
+
+    @contextmanager
+    def writing_behind(self) -> Iterator[None]:
+        """Lets checkpoints be written by a thread; its end waits for them."""
+        with ThreadPoolExecutor(1, "checkpoint") as self._writer:
+            try:
+                yield
+            finally:
+                self._writer = None
+                self.wait_for_checkpoint()
+
+    def wait_for_checkpoint(self, *, if_done: bool = False) -> None:
+        """Waits until the last one is written, or tells why it is not.
+
+        Args:
+            if_done: Not to wait: only to tell, where it is decided.
+        """
+        written = self._written
+        if written is None or (if_done and not written.done()):
+            return
+        self._written = None
+        written.result()
+
+    def _write_checkpoint(
+        self, about: dict[str, Any], arrays: dict[str, Any]
+    ) -> None:
         text = json.dumps(about | {"sha256": _sha256(about, arrays)})
         with self.replacing(self.checkpoint) as temporary:
             np.savez(temporary, about=text, **arrays)
@@ -274,7 +317,10 @@ class RunFolder:
         return needed
 
     def _read_state(self, model: Any) -> dict[str, Any]:
-        """The state of all devices, as one would have it."""
+        """The state of all devices, as one would have it.
+
+        Copies, which are written while training goes on.
+        """
         arrays: dict[str, Any] = {}
         for name, variable in _state_of(model).items():
             if getattr(variable, "is_carried_state", False):
@@ -283,7 +329,7 @@ class RunFolder:
                 array = self.devices.whole_sum(variable).astype(variable.dtype)
             else:
                 array = keras.ops.convert_to_numpy(variable)
-            arrays[name] = np.asarray(array)
+            arrays[name] = np.array(array)
         return arrays
 
     def _assign_state(

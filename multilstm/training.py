@@ -87,6 +87,8 @@ _BATCHES_BETWEEN_TALKS = 10
 
 _SECONDS_OF_ONE_SIGNAL = 0.5
 
+_SECONDS_BETWEEN_CURVES = 10.0
+
 # What may change when a run goes on.
 _CHANGEABLE = (
     *("epochs", "patience", "until_perplexity", "learning_rate"),
@@ -344,7 +346,7 @@ def _train_held(
     reader = model if model.dtype_policy.name == "float32" else _copy(model)
     keeper = _Keeper(
         folder,
-        Evaluator(reader),
+        Evaluator(reader, 64 if has_gpu() else 20),
         data,
         begun,
         plan=plan,
@@ -784,6 +786,7 @@ class _Keeper(keras.callbacks.Callback):
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
+        self.drawn = -math.inf  # when curves were, last
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
         self.start_perplexity = folder.read_config().get(
@@ -848,6 +851,7 @@ class _Keeper(keras.callbacks.Callback):
         ):
             return
         self._talked = self.num_batches
+        self.folder.wait_for_checkpoint(if_done=True)
         loss = (logs or {}).get("loss", 0.0)
         since = time.perf_counter() - self._saved
         is_bad, self.asked_to_stop, is_due = self.devices.any(
@@ -899,9 +903,17 @@ class _Keeper(keras.callbacks.Callback):
         ):
             optimizer.start_averaging()
         self.folder.write_history(self.history)
+        self._draw_now_and_then()
         self._save_checkpoint()
         if self.has_ended:
             self.model.stop_training = True
+
+    def _draw_now_and_then(self) -> None:
+        """On a GPU an epoch may be shorter than it takes to draw curves."""
+        now = time.monotonic()
+        if now - self.drawn >= _SECONDS_BETWEEN_CURVES:
+            self.folder.write_curves(self.history)
+            self.drawn = now
 
     def _train_perplexity(self) -> float:
         """Of the epoch, on all devices, summed in float64."""
@@ -1016,7 +1028,7 @@ def _fit(
             kept[id(batches)] = (batches, devices.part(batches))
         return kept[id(batches)][1]
 
-    with _stop_on_interrupt(keeper):
+    with _stop_on_interrupt(keeper), keeper.folder.writing_behind():
         try:
             while not keeper.has_ended:
                 [keeper.asked_to_stop] = devices.any(keeper.is_to_stop)
@@ -1044,6 +1056,8 @@ def _fit(
         finally:
             for bar in bars:
                 bar.close()
+        if keeper.history:
+            keeper.folder.write_curves(keeper.history)
 
 
 class _Rest(keras.utils.PyDataset):
