@@ -17,14 +17,16 @@ from multilstm.presets import find_preset
     [
         # Rate 1 for a loss summed over 20 steps, halved from epoch 4 on.
         ("zaremba_small", {0: 20, 3: 20, 4: 10, 5: 5, 12: 20 / 512}),
-        # Times 0.8 from epoch 6 on, over 35 steps.
-        ("zaremba_medium", {0: 35, 5: 35, 6: 28, 7: 22.4, 8: 17.92}),
+        # Divided by 1.2 from epoch 6 on, over 35 steps.
+        ("zaremba_medium", {0: 35, 5: 35, 6: 29.166667, 7: 24.305556}),
         # Divided by 1.15 from epoch 14 on: 35 / 1.15 = 30.434783.
         ("zaremba_large", {0: 35, 13: 35, 14: 30.434783, 15: 26.465028}),
         ("tutorial", {0: 0.001, 49: 0.001}),
         # Adam's step does not depend on how the loss is summed.
         ("adam_512", {0: 0.01, 29: 0.01}),
         ("awd", {0: 30, 499: 30}),
+        # A warm-up of 3 epochs, times 0.9 from epoch 16 on.
+        ("best", {0: 0.001, 2: 0.003, 3: 0.004, 15: 0.004, 16: 0.0036}),
     ],
 )
 def test_learning_rate_of_each_epoch(name, rates):
@@ -215,7 +217,9 @@ def test_rate_grows_in_the_warm_up():
     assert rates == [2.0, 4.0, 6.0, 8.0, 8.0]
 
 
-@pytest.mark.parametrize("name", ["adam_512", "awd", "pytorch_650_tied"])
+@pytest.mark.parametrize(
+    "name", ["adam_512", "awd", "best", "pytorch_650_tied"]
+)
 def test_preset_trains_a_step(name, rng):
     """Made small, which changes neither its dropouts nor its optimizer."""
     preset = PRESETS[name]

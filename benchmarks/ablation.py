@@ -32,6 +32,14 @@ BASE = replace(
     published_valid=None,
     published_test=None,
 )
+# What `best` has instead of `awd`'s.
+BEST = {
+    name: getattr(PRESETS["best"], name)
+    for name in (
+        *("batch_size", "rotates_rows", "optimizer", "learning_rate"),
+        *("warmup_epochs", "learning_rate_decay", "decay_after", "averaging"),
+    )
+}
 CHANGES = {
     "base": {},
     "rows rotated": {"rotates_rows": True},
@@ -63,6 +71,11 @@ CHANGES = {
         ),
         0.0,
     ),
+    "best": BEST,
+    "best, 20 rows": BEST | {"batch_size": 20},
+    "best, one rate": BEST | {"learning_rate_decay": 1.0},
+    "best, no warm-up": BEST | {"warmup_epochs": 0},
+    "best, rows not rotated": BEST | {"rotates_rows": False},
 }
 
 
