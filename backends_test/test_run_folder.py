@@ -147,7 +147,7 @@ def slow_disk(monkeypatch):
     ready, savez = threading.Event(), np.savez
 
     def write_when_ready(path, **arrays):
-        assert ready.wait(60)
+        assert ready.wait(20)
         savez(path, **arrays)
 
     monkeypatch.setattr(np, "savez", write_when_ready)
@@ -203,6 +203,45 @@ def test_checkpoint_that_fails_behind_is_told(folder, monkeypatch, told_by):
     monkeypatch.undo()
     folder.save_checkpoint(model, Progress())  # tells it once
     assert folder.previous_checkpoint.read_bytes() == before
+
+
+def test_checkpoint_that_fails_is_told_beside_what_ended_training(
+    folder, monkeypatch, caplog
+):
+    model = make_model()
+
+    def fail(path, **arrays):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(np, "savez", fail)
+
+    def go_on():
+        with folder.writing_behind():
+            folder.save_checkpoint(model, Progress())
+            raise KeyError("what ended it")
+
+    with pytest.raises(KeyError, match="what ended it"):
+        go_on()
+    assert any("No space left" in line for line in caplog.messages)
+    monkeypatch.undo()
+    folder.save_checkpoint(model, Progress())
+
+
+def test_checkpoint_is_written_where_no_thread_can_be_had(
+    folder, monkeypatch, caplog
+):
+    """As in a thread that trains on after the interpreter began to end."""
+    model = make_model()
+
+    def refuse(self, *_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(run_folder.ThreadPoolExecutor, "submit", refuse)
+    with folder.writing_behind():
+        for epochs in (1, 2):
+            folder.save_checkpoint(model, Progress(HISTORY[:epochs]))
+            assert folder.load_checkpoint(model).history == HISTORY[:epochs]
+    assert sum("cannot schedule" in line for line in caplog.messages) == 1
 
 
 @pytest.fixture

@@ -157,8 +157,12 @@ class RunFolder:
             WriteError: If it is not, or the system refuses.
         """
         self._check_still_there()
-        with replacing(path) as temporary:
-            yield temporary
+        try:
+            with replacing(path) as temporary:
+                yield temporary
+        except WriteError:
+            self._check_still_there()  # which tells more
+            raise
 
     def _check_still_there(self) -> None:
         if self._identity is None:
@@ -261,12 +265,18 @@ class RunFolder:
             "backend": keras.config.backend(),
             **asdict(reached),
         }
-        if self._writer is None:
-            self._write_checkpoint(about, arrays)
-            return
-        self._written = self._writer.submit(
-            self._write_checkpoint, about, arrays
-        )
+        if self._writer is not None:
+            # Training goes on, and may write to what a variable showed.
+            arrays = {name: np.array(array) for name, array in arrays.items()}
+            try:
+                self._written = self._writer.submit(
+                    self._write_checkpoint, about, arrays
+                )
+                return
+            except RuntimeError as error:  # the interpreter ends, or no thread
+                self._writer = None
+                logger.warning("Training waits for checkpoints: %s", error)
+        self._write_checkpoint(about, arrays)
 
     @contextmanager
     def writing_behind(self) -> Iterator[None]:
@@ -274,9 +284,15 @@ class RunFolder:
         with ThreadPoolExecutor(1, "checkpoint") as self._writer:
             try:
                 yield
+            except BaseException:
+                try:
+                    self.wait_for_checkpoint()
+                except WriteError as failed:
+                    logger.error("%s", failed)  # beside what ended the block
+                raise
             finally:
                 self._writer = None
-                self.wait_for_checkpoint()
+            self.wait_for_checkpoint()
 
     def wait_for_checkpoint(self, *, if_done: bool = False) -> None:
         """Waits until the last one is written, or tells why it is not.
@@ -317,10 +333,7 @@ class RunFolder:
         return needed
 
     def _read_state(self, model: Any) -> dict[str, Any]:
-        """The state of all devices, as one would have it.
-
-        Copies, which are written while training goes on.
-        """
+        """The state of all devices, as one would have it."""
         arrays: dict[str, Any] = {}
         for name, variable in _state_of(model).items():
             if getattr(variable, "is_carried_state", False):
@@ -329,7 +342,7 @@ class RunFolder:
                 array = self.devices.whole_sum(variable).astype(variable.dtype)
             else:
                 array = keras.ops.convert_to_numpy(variable)
-            arrays[name] = np.array(array)
+            arrays[name] = np.asarray(array)
         return arrays
 
     def _assign_state(

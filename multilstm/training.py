@@ -786,7 +786,7 @@ class _Keeper(keras.callbacks.Callback):
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
-        self.drawn = -math.inf  # when curves were, last
+        self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
         self.start_perplexity = folder.read_config().get(
@@ -881,6 +881,7 @@ class _Keeper(keras.callbacks.Callback):
             valid = self._evaluate()
             if not math.isfinite(valid):
                 self._stop_diverged("its validation", valid)
+            self.folder.wait_for_checkpoint()  # none is two epochs behind
             best = min(self.valid_perplexities, default=math.inf)
             if valid < min(best, self.start_perplexity):
                 self._save_best(epoch + 1, valid)
@@ -910,10 +911,14 @@ class _Keeper(keras.callbacks.Callback):
 
     def _draw_now_and_then(self) -> None:
         """On a GPU an epoch may be shorter than it takes to draw curves."""
-        now = time.monotonic()
-        if now - self.drawn >= _SECONDS_BETWEEN_CURVES:
+        if time.monotonic() - self.drawn >= _SECONDS_BETWEEN_CURVES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws the curves, unless those that there are have all epochs."""
+        if self.num_drawn < len(self.history):
             self.folder.write_curves(self.history)
-            self.drawn = now
+        self.num_drawn, self.drawn = len(self.history), time.monotonic()
 
     def _train_perplexity(self) -> float:
         """Of the epoch, on all devices, summed in float64."""
@@ -970,6 +975,7 @@ class _Keeper(keras.callbacks.Callback):
         )
 
     def _stop_diverged(self, place: str, value: float) -> None:
+        self.folder.wait_for_checkpoint()  # else it is not as told
         kept = "no epoch was completed before"
         if self.kept:
             kept = (
@@ -1056,8 +1062,7 @@ def _fit(
         finally:
             for bar in bars:
                 bar.close()
-        if keeper.history:
-            keeper.folder.write_curves(keeper.history)
+        keeper.draw()
 
 
 class _Rest(keras.utils.PyDataset):
