@@ -130,17 +130,21 @@ def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
         script["Task"](name, (sys.executable, "-c", text), {"WORD": "last"})
         for name, text in programs.items()
     ]
+    arguments = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
+    group.append(script["Task"]("limited", arguments, takes_minutes=True))
     script["run"](group, 5, tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in said[::2]] == [
         "quick: exit 0",
         "fails: exit 1",
         "stops: exit 0",
+        "limited: exit 0",
     ]
     assert [line.strip() for line in said[1::2]] == [
         "last",
         "ZeroDivisionError: division by zero",
         "stopped",
+        "--minutes 0.083",
     ]
 
 

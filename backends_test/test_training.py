@@ -291,6 +291,39 @@ def test_training_stops_where_a_perplexity_is_reached(train):
     assert all(value > first - 0.01 for value in history[:-1])
 
 
+def test_training_stops_before_an_epoch_that_would_end_too_late(
+    train, whole, monkeypatch
+):
+    expected, _ = whole()
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    save = RunFolder.save_checkpoint
+
+    def save_after_a_minute(self, model, reached):
+        save(self, model, reached)
+        now[0] += 60.0
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", save_after_a_minute)
+    first = train(minutes=0.001)
+    assert (first["status"], first["epochs"]) == ("finished", 1)
+    assert first["test_perplexity"] > 1
+    second = train(minutes=1.5, resume=True)  # of which a second epoch is one
+    assert (second["status"], second["epochs"]) == ("finished", 2)
+    third = train(minutes=3.0, resume=True)
+    np.testing.assert_allclose(figures(third), expected, **SAME)
+    np.testing.assert_allclose(
+        figures(train("other", minutes=3.0)), expected, **SAME
+    )
+    two = train("two", minutes=2.9)  # after two minutes the third is too long
+    assert [row["epoch"] for row in two["history"]] == [1, 2]
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, math.nan])
+def test_minutes_are_checked(minutes, train):
+    with pytest.raises(UserError, match="`minutes` must be above 0"):
+        train(minutes=minutes)
+
+
 def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
     monkeypatch.setattr(

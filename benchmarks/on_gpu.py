@@ -5,7 +5,7 @@
 
 In this order: `zaremba_medium`; `best`; recorded steps of PyTorch; `adam_512`
 on each backend, for the time to its perplexity; training steps of all backends;
-`awd`, stopped with a checkpoint when the time is over. In a quarter of an hour
+`awd`, for as many epochs as there is time. In a quarter of an hour
 there is time for `--only zaremba_medium-torch best-torch awd-torch`. The corpus
 is Penn Treebank, from MULTILSTM_DATA or by download. What fails is told and the
 rest goes on; logs and run folders are in FOLDER, and what is there already is
@@ -31,11 +31,15 @@ SECONDS_TO_STOP = 30  # for a checkpoint and the figures so far
 
 @dataclass(frozen=True)
 class Task:
-    """A command, and in which file of the folder its output goes."""
+    """A command, and in which file of the folder its output goes.
+
+    One that takes `--minutes` ends in time by itself, with its figures.
+    """
 
     name: str
     command: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
+    takes_minutes: bool = False
 
 
 def tasks(
@@ -49,7 +53,8 @@ def tasks(
             *(str(pythons[backend]), "-m", "multilstm", "train", "--resume"),
             *("--preset", preset, "--corpus", "ptb", "--out", str(folder)),
         )
-        return Task(folder.name, command, {"KERAS_BACKEND": backend})
+        environment = {"KERAS_BACKEND": backend}
+        return Task(folder.name, command, environment, takes_minutes=True)
 
     first = "torch" if "torch" in pythons else next(iter(pythons))
     yield 420, [training("zaremba_medium", first)]
@@ -81,7 +86,7 @@ def run(group: Sequence[Task], seconds: float, out: Path) -> None:
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as closed_at_end:
         running = [
-            (task, start(task, out, closed_at_end), time.monotonic())
+            (task, start(task, seconds, out, closed_at_end), time.monotonic())
             for task in group
         ]
         for _, process, _ in running:
@@ -101,11 +106,12 @@ def run(group: Sequence[Task], seconds: float, out: Path) -> None:
 
 
 def start(
-    task: Task, out: Path, closed_at_end: contextlib.ExitStack
+    task: Task, seconds: float, out: Path, closed_at_end: contextlib.ExitStack
 ) -> "subprocess.Popen[bytes]":
     log = closed_at_end.enter_context((out / f"{task.name}.log").open("ab"))
+    limit = ("--minutes", f"{seconds / 60:.3f}") if task.takes_minutes else ()
     return subprocess.Popen(
-        task.command,
+        (*task.command, *limit),
         stdout=log,
         stderr=subprocess.STDOUT,
         env=os.environ | task.environment,

@@ -110,6 +110,9 @@ class Train(OnBackend):
     retries: int = 0
     """How often a run whose loss is no number any more goes back to its last
     checkpoint and on at half the learning rate."""
+    minutes: float | None = None
+    """Begin no epoch that would end later than this after the start; go on
+    another time with --resume."""
     devices: int | None = None
     """How many GPUs, or parts of the CPU, share the rows of a batch."""
     max_vocabulary: int | None = None

@@ -133,6 +133,7 @@ def train(
     until_perplexity: float | None = None,
     checkpoint_minutes: float | None = None,
     retries: int = 0,
+    minutes: float | None = None,
     devices: int | None = None,
     max_vocabulary: int | None = None,
     unknown: UnknownWords | None = None,
@@ -177,6 +178,10 @@ def train(
             group of batches. Default: 10.
         retries: How often a run whose loss is no number any more goes back
             to its last checkpoint and on at half the learning rate.
+        minutes: Begin no epoch that would end later than this after the
+            start, by the time that the last one took; then the figures are
+            taken as at the end. One epoch is trained in any case, and
+            `resume` goes on after the last. Default: no limit.
         devices: How many GPUs, or parts of a CPU, share the rows of a batch.
             Default: one, or those of all processes that a launcher of the
             framework has started.
@@ -224,6 +229,9 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     if retries < 0:
         raise UserError(f"`retries` must be at least 0; received {retries}.")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"`minutes` must be above 0; received {minutes}.")
+    ends_at = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     if devices is not None:
         check_count(devices)
     group = use_devices(devices)
@@ -236,6 +244,7 @@ def train(
                     given,
                     data_folder=data_folder,
                     resume=resume,
+                    ends_at=ends_at,
                     progress=progress,
                 )
             except DivergedError as error:
@@ -256,6 +265,7 @@ def _train(
     *,
     data_folder: str | Path | None,
     resume: bool,
+    ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
     """Trains from the beginning or from where the run of a folder is."""
@@ -280,6 +290,7 @@ def _train(
             plan,
             data,
             resuming=resuming,
+            ends_at=ends_at,
             progress=progress,
         )
 
@@ -308,6 +319,7 @@ def _train_held(
     data: Corpus,
     *,
     resuming: bool,
+    ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
     """What no other process may do in this folder at the same time."""
@@ -353,6 +365,7 @@ def _train_held(
         patience=settings["patience"],
         until_perplexity=settings["until_perplexity"],
         checkpoint_minutes=settings["checkpoint_minutes"],
+        ends_at=ends_at,
     )
     if settings["starts_from"] is not None and not has_checkpoint:
         keeper.keep_start(model)
@@ -770,6 +783,7 @@ class _Keeper(keras.callbacks.Callback):
         patience: int | None,
         until_perplexity: float | None,
         checkpoint_minutes: float,
+        ends_at: float,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -786,6 +800,9 @@ class _Keeper(keras.callbacks.Callback):
         self.patience = patience
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
+        self.ends_at = ends_at  # as `time.monotonic` counts
+        self.out_of_time = False
+        self._turned = time.monotonic()  # when the epoch in hand began
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
@@ -906,7 +923,11 @@ class _Keeper(keras.callbacks.Callback):
         self.folder.write_history(self.history)
         self._draw_now_and_then()
         self._save_checkpoint()
-        if self.has_ended:
+        took, self._turned = time.monotonic() - self._turned, time.monotonic()
+        [self.out_of_time] = self.devices.any(
+            self._turned + took > self.ends_at
+        )
+        if self.has_ended or self.out_of_time:
             self.model.stop_training = True
 
     def _draw_now_and_then(self) -> None:
@@ -1036,7 +1057,7 @@ def _fit(
 
     with _stop_on_interrupt(keeper), keeper.folder.writing_behind():
         try:
-            while not keeper.has_ended:
+            while not (keeper.has_ended or keeper.out_of_time):
                 [keeper.asked_to_stop] = devices.any(keeper.is_to_stop)
                 if keeper.asked_to_stop:
                     break
