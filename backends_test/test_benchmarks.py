@@ -144,7 +144,7 @@ def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
         "last",
         "ZeroDivisionError: division by zero",
         "stopped",
-        "--minutes 0.083",
+        "--minutes 0.017",
     ]
 
 

@@ -306,7 +306,7 @@ def test_training_stops_before_an_epoch_that_would_end_too_late(
     monkeypatch.setattr(RunFolder, "save_checkpoint", save_after_a_minute)
     first = train(minutes=0.001)
     assert (first["status"], first["epochs"]) == ("finished", 1)
-    assert first["test_perplexity"] > 1
+    assert (first["epochs_planned"], first["test_perplexity"] > 1) == (3, True)
     second = train(minutes=1.5, resume=True)  # of which a second epoch is one
     assert (second["status"], second["epochs"]) == ("finished", 2)
     third = train(minutes=3.0, resume=True)
@@ -485,6 +485,22 @@ def test_run_that_was_stopped_is_not_tried_again(
     with pytest.raises(DivergedError):
         train(retries=2)
     assert calls == [False, True, True][:times]
+
+
+def test_run_that_is_out_of_time_is_not_tried_again(train, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    calls = []
+
+    def diverge(*_, **settings):
+        calls.append(settings["resume"])
+        now[0] += 60.0
+        raise DivergedError("no number", 1.0, False)
+
+    monkeypatch.setattr(training_module, "_train", diverge)
+    with pytest.raises(DivergedError):
+        train(retries=9, minutes=1.5)
+    assert calls == [False, True]
 
 
 def test_retries_come_to_an_end(train, caplog):

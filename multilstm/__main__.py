@@ -111,8 +111,8 @@ class Train(OnBackend):
     """How often a run whose loss is no number any more goes back to its last
     checkpoint and on at half the learning rate."""
     minutes: float | None = None
-    """Begin no epoch that would end later than this after the start; go on
-    another time with --resume."""
+    """Begin no epoch that would end later than this, judged by the last one;
+    go on another time with --resume. Imports and test are not counted."""
     devices: int | None = None
     """How many GPUs, or parts of the CPU, share the rows of a batch."""
     max_vocabulary: int | None = None
@@ -331,6 +331,11 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
             f"unigram {result['test_unigram_perplexity']:.1f}), "
             f"{_speed(result)}, in {result['run']}"
         )
+        if options.minutes and result["epochs"] < result["epochs_planned"]:
+            console.print(
+                f"{result['epochs']} of {result['epochs_planned']} epochs; go "
+                f"on with: multilstm train --out {result['run']} --resume"
+            )
     return result
 
 

@@ -179,9 +179,9 @@ def train(
         retries: How often a run whose loss is no number any more goes back
             to its last checkpoint and on at half the learning rate.
         minutes: Begin no epoch that would end later than this after the
-            start, by the time that the last one took; then the figures are
-            taken as at the end. One epoch is trained in any case, and
-            `resume` goes on after the last. Default: no limit.
+            call, judged by the last one; then the figures are taken, which
+            is not counted, as at the end. One epoch is trained in any case,
+            and `resume` goes on after the last. Default: no limit.
         devices: How many GPUs, or parts of a CPU, share the rows of a batch.
             Default: one, or those of all processes that a launcher of the
             framework has started.
@@ -248,7 +248,8 @@ def train(
                     progress=progress,
                 )
             except DivergedError as error:
-                if not retries or error.asked_to_stop:
+                is_late = time.monotonic() > ends_at
+                if not retries or error.asked_to_stop or is_late:
                     raise
                 retries -= 1
                 gc.collect()  # of the model, which refers to itself
@@ -923,7 +924,9 @@ class _Keeper(keras.callbacks.Callback):
         self.folder.write_history(self.history)
         self._draw_now_and_then()
         self._save_checkpoint()
-        took, self._turned = time.monotonic() - self._turned, time.monotonic()
+        now = time.monotonic()
+        # `seconds` has what was done of it before a run went on.
+        took, self._turned = max(now - self._turned, seconds), now
         [self.out_of_time] = self.devices.any(
             self._turned + took > self.ends_at
         )
@@ -1203,6 +1206,7 @@ def _finish(
         "softmax": settings["softmax"],
         "parameters": model.count_params(),
         "epochs": len(history),
+        "epochs_planned": keeper.plan.epochs,
         "best_epoch": best["epoch"] if best else None,
         "valid_perplexity": best["valid_perplexity"] if best else None,
         "test_perplexity": None,
