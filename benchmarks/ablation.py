@@ -73,9 +73,6 @@ CHANGES = {
     ),
     "best": BEST,
     "best, 20 rows": BEST | {"batch_size": 20},
-    "best, one rate": BEST | {"learning_rate_decay": 1.0},
-    "best, no warm-up": BEST | {"warmup_epochs": 0},
-    "best, rows not rotated": BEST | {"rotates_rows": False},
 }
 
 
