@@ -40,6 +40,7 @@ BEST = {
         *("warmup_epochs", "learning_rate_decay", "decay_after", "averaging"),
     )
 }
+AVERAGES = {"averaging": "triggered", "learning_rate_decay": 1.0}
 CHANGES = {
     "base": {},
     "rows rotated": {"rotates_rows": True},
@@ -73,6 +74,8 @@ CHANGES = {
     ),
     "best": BEST,
     "best, 20 rows": BEST | {"batch_size": 20},
+    "best, averages": BEST | AVERAGES,
+    "best, 20 rows, averages": BEST | AVERAGES | {"batch_size": 20},
 }
 
 
