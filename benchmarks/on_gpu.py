@@ -5,11 +5,11 @@
 
 In this order: `zaremba_medium`; `best`; recorded steps of PyTorch; `adam_512`
 on each backend, for the time to its perplexity; training steps of all backends;
-`awd`, for as many epochs as there is time. In a quarter of an hour
-there is time for `--only zaremba_medium-torch best-torch awd-torch`. The corpus
-is Penn Treebank, from MULTILSTM_DATA or by download. What fails is told and the
-rest goes on; logs and run folders are in FOLDER, and what is there already is
-gone on from.
+`awd`, for as many epochs as there is time. In a quarter of an hour there is
+time for `--only zaremba_medium-torch best-torch awd-torch`. The corpus is Penn
+Treebank, from MULTILSTM_DATA or by download. What fails is told and the rest
+goes on; logs and run folders are in FOLDER, and what is there already is gone
+on from.
 """
 
 import argparse

@@ -522,36 +522,34 @@ class Measured:
     minutes: float
 
 
-_TWO_CORES = "2 cores of an AMD EPYC, beside other work"
+def _measured(
+    device: str, **figures: tuple[float, float, float]
+) -> tuple[Measured, ...]:
+    """Of each backend valid, test and minutes."""
+    return tuple(
+        Measured(
+            backend=backend,
+            device=device,
+            valid=valid,
+            test=test,
+            minutes=minutes,
+        )
+        for backend, (valid, test, minutes) in figures.items()
+    )
+
 
 MEASURED: dict[str, tuple[Measured, ...]] = {
-    "zaremba_small": tuple(
-        Measured(
-            backend=backend,
-            device=_TWO_CORES,
-            valid=valid,
-            test=test,
-            minutes=minutes,
-        )
-        for backend, valid, test, minutes in (
-            ("jax", 118.48, 114.18, 47.0),
-            ("torch", 116.67, 114.38, 51.9),
-            ("tensorflow", 118.19, 114.07, 46.8),
-        )
+    "zaremba_small": _measured(
+        "2 cores of an AMD EPYC, beside other work",
+        jax=(118.48, 114.18, 47.0),
+        torch=(116.67, 114.38, 51.9),
+        tensorflow=(118.19, 114.07, 46.8),
     ),
-    "adam_512": tuple(
-        Measured(
-            backend=backend,
-            device="NVIDIA H200",
-            valid=valid,
-            test=test,
-            minutes=minutes,
-        )
-        for backend, valid, test, minutes in (
-            ("torch", 74.11, 71.91, 0.5),
-            ("jax", 75.60, 73.37, 0.5),
-            ("tensorflow", 75.02, 73.02, 0.9),
-        )
+    "adam_512": _measured(
+        "NVIDIA H200",
+        torch=(74.11, 71.91, 0.5),
+        jax=(75.60, 73.37, 0.5),
+        tensorflow=(75.02, 73.02, 0.9),
     ),
 }
 

@@ -266,8 +266,12 @@ class RunFolder:
             **asdict(reached),
         }
         if self._writer is not None:
-            # Training goes on, and may write to what a variable showed.
-            arrays = {name: np.array(array) for name, array in arrays.items()}
+            # Training goes on, and may write to what a variable showed; what
+            # owns its data is a copy already.
+            arrays = {
+                name: array if array.flags.owndata else array.copy()
+                for name, array in arrays.items()
+            }
             try:
                 self._written = self._writer.submit(
                     self._write_checkpoint, about, arrays
