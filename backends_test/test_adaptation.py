@@ -1,12 +1,16 @@
 """What the methods gain, and that only valid tells them how."""
 
+import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
+import keras
 import numpy as np
 import oracles
 import pytest
+from tiny_runs import float32_products
 
-from multilstm import Corpus, LanguageModel, Vocabulary, adapt, evaluate
+from multilstm import Corpus, LanguageModel, Vocabulary, adapt, evaluate, ops
 from multilstm import adaptation as module
 from multilstm.adaptation import DropoutAverage, Temperature
 from multilstm.errors import UserError
@@ -48,6 +52,26 @@ def make_model(**arguments):
 def read(model, token_ids, evaluator=None):
     evaluator = evaluator or Evaluator(model, 2, 8, with_features=True)
     return module._Text(token_ids, evaluator)
+
+
+def test_temperature_is_measured_in_float32(corpus, monkeypatch):
+    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    settings = []
+
+    def spy(*_):
+        settings.append(float32_products())
+        raise KeyboardInterrupt
+
+    text = SimpleNamespace(
+        features=np.zeros((1, 3), np.float32), token_ids=np.zeros(2, np.int32)
+    )
+    temperature = Temperature(make_model())
+    monkeypatch.setattr(temperature._chunk, "predict_on_batch", spy)
+    with ops.tf32(True), pytest.raises(KeyboardInterrupt):
+        temperature.nats(text, 1.0)
+    with ops.tf32(False):
+        assert settings == [float32_products()]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
@@ -206,6 +230,7 @@ def test_nothing_is_tuned_on_test(corpus, few):
         ({"methods": ["dropout"]}, "'dropout' needs a model that was trained"),
         ({"tune_tokens": 1}, "`tune_tokens` must be at least 2; received 1"),
         ({"num_samples": 0}, "`num_samples` must be at least 1; received 0"),
+        ({"seed": -1}, "`seed` must be at least 0; received -1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1; received 0"),
     ],
     ids=str,

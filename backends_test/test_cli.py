@@ -224,6 +224,27 @@ def test_evaluate_adapts_on_valid_and_keeps_the_figures(
     assert "dynamic-sgd: learning rate 0.1, decay 0.01" in lines
 
 
+def test_methods_of_another_command_are_kept_where_they_compare(
+    command, run_folder, caplog
+):
+    def adapt(method):
+        command("evaluate", run_folder, "--adapt", method, "--json")
+        return json.loads((run_folder / "adapted.json").read_text())
+
+    first = adapt("cache")
+    both = adapt("temperature")
+    assert list(both["methods"]) == ["cache", "temperature"]
+    assert both["methods"]["cache"] == first["methods"]["cache"]
+    both["weights_sha256"] = "of another run"
+    (run_folder / "adapted.json").write_text(json.dumps(both))
+    assert list(adapt("temperature")["methods"]) == ["temperature"]
+    assert "of another weights_sha256" in caplog.text
+    (run_folder / "adapted.json").write_text("{")
+    status, _, err = command("evaluate", run_folder, "--adapt", "cache")
+    assert status == 1
+    assert "adapted.json cannot be read" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

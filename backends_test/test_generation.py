@@ -4,7 +4,13 @@ import numpy as np
 import oracles
 import pytest
 
-from multilstm import LanguageModel, Vocabulary, generate, predict_next_words
+from multilstm import (
+    LanguageModel,
+    Vocabulary,
+    generate,
+    generation,
+    predict_next_words,
+)
 from multilstm.errors import UserError
 from multilstm.generation import next_word_probabilities
 
@@ -196,12 +202,14 @@ def test_numbers_out_of_range_are_refused(name, value, model):
 # The tutorial's test mode
 
 
+@pytest.mark.parametrize("at_once", [256, 3], ids="at_once={}".format)
 @pytest.mark.parametrize(
     ("start", "stop"), [(5, 9), (1, 20)], ids=["some", "all"]
 )
 def test_predicted_words_are_the_likeliest_after_the_true_ones(
-    start, stop, model, rng
+    start, stop, at_once, model, rng, monkeypatch
 ):
+    monkeypatch.setattr(generation, "_WORDS_AT_ONCE", at_once)
     ids = rng.integers(8, size=20).astype(np.int32)
     actual, predicted = predict_next_words(
         model, ids, start=start, num_words=stop - start

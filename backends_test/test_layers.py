@@ -39,6 +39,21 @@ def test_lstm_takes_its_inputs_by_the_name_that_keras_has(x):
     np.testing.assert_allclose(out, truth, **CLOSE)
 
 
+def test_input_without_time_steps_is_refused_as_by_keras(x):
+    layer = LSTM(UNITS)
+    with pytest.raises(ValueError, match="expected ndim=3, found ndim=2"):
+        layer(x[0])
+    layer(x)
+    with pytest.raises(ValueError, match="expected axis -1"):
+        layer(x[..., :-1])
+
+
+def test_what_keras_takes_and_changes_nothing_is_taken(x, caplog):
+    layer = built(LSTM(UNITS, implementation=2, use_cudnn=False, unroll=False))
+    assert "use_cudnn=False" in caplog.text
+    assert tuple(layer(x).shape) == (BATCH, UNITS)
+
+
 @pytest.mark.skipif(
     keras.config.backend() != "torch", reason="PyTorch's kernels read so"
 )

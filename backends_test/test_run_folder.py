@@ -7,6 +7,7 @@ import os
 import threading
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -123,7 +124,17 @@ def test_checkpoint_that_fails_leaves_the_one_before(folder, monkeypatch):
     assert list(folder.checkpoint.parent.iterdir()) == [folder.checkpoint]
 
 
-def test_checkpoint_is_read_back_before_it_takes_the_place(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda arrays: arrays | {"model/0": arrays["model/0"] + 1},
+        lambda arrays: {k: v for k, v in arrays.items() if k != "about"},
+    ],
+    ids=["changed", "lost"],
+)
+def test_checkpoint_is_read_back_before_it_takes_the_place(
+    spoil, folder, monkeypatch
+):
     """A disk that loses what it was given, without a word."""
     model = make_model()
     folder.save_checkpoint(model, Progress(HISTORY))
@@ -131,8 +142,7 @@ def test_checkpoint_is_read_back_before_it_takes_the_place(folder, monkeypatch):
     savez = np.savez
 
     def write_wrong(path, **arrays):
-        arrays["model/0"] = arrays["model/0"] + 1
-        savez(path, **arrays)
+        savez(path, **spoil(arrays))
 
     monkeypatch.setattr(np, "savez", write_wrong)
     with pytest.raises(WriteError, match="must read as it was written"):
@@ -427,6 +437,17 @@ def test_compressed_checkpoint_is_refused(folder):
         folder.load_checkpoint(make_model())
 
 
+def test_broken_weights_are_named_where_they_are_described(folder):
+    folder.best_weights.parent.mkdir(parents=True, exist_ok=True)
+    folder.best_weights.write_bytes(b"no HDF5")
+    with pytest.raises(UserError, match=r"best.weights.h5 must be a file"):
+        folder.describe_best_weights()
+    with h5py.File(folder.best_weights, "w"):
+        pass
+    with pytest.raises(UserError, match=r"best.weights.h5 cannot be read"):
+        folder.describe_best_weights()
+
+
 def test_pickled_array_is_refused(folder):
     folder.save_checkpoint(make_model(), Progress())
     rewritten(
@@ -435,7 +456,7 @@ def test_pickled_array_is_refused(folder):
             {"model/0": np.zeros((3, 4), object)}
         ),
     )
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="allow_pickle"):
         folder.load_checkpoint(make_model())
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from dataclasses import replace
 
 import h5py
@@ -34,6 +35,7 @@ from multilstm.training import (
     DivergedError,
     best_epoch,
     load_run_corpus,
+    preset_of,
     weights_sha256,
 )
 
@@ -192,7 +194,7 @@ def test_result_record_has_what_the_contract_names(train):
     assert result["kernel"].startswith(keras.config.backend() + ": ")
     assert result["tokens_per_second"] > 0
     assert set(result["step_time_ms"]) == {"median", "p20", "p80", "min"}
-    assert result["compile_time_seconds"] >= 0
+    assert "compile_time_seconds" in result
     assert result["peak_memory_mb"] > 0
     assert result["device"].strip()
     assert result["protocol"]["state"].endswith("carried to the last")
@@ -454,6 +456,20 @@ def test_full_disk_is_told_and_costs_no_more_than_a_checkpoint(
     np.testing.assert_allclose(figures(parts), expected, **SAME)
 
 
+def test_words_of_an_epoch_are_counted_not_summed_in_float32(
+    train, whole, monkeypatch
+):
+    """As after 67 million words, of which float32 counts 8 at a time."""
+    expected, _ = whole()
+    add = model_module.Perplexity.add
+    monkeypatch.setattr(
+        model_module.Perplexity,
+        "add",
+        lambda self, nats, tokens: add(self, nats, tokens + 1),
+    )
+    np.testing.assert_allclose(figures(train()), expected, **SAME)
+
+
 def test_clock_that_goes_back_changes_nothing(train, whole, monkeypatch):
     expected, _ = whole()
     seconds = itertools.count(2e9, -3600.0)
@@ -485,6 +501,21 @@ def test_run_that_was_stopped_is_not_tried_again(
     with pytest.raises(DivergedError):
         train(retries=2)
     assert calls == [False, True, True][:times]
+
+
+def test_model_that_diverged_is_freed_before_the_next(train, monkeypatch):
+    build, models, alive = training_module._build, [], []
+
+    def note(*arguments, **settings):
+        alive.append(sum(model() is not None for model in models))
+        model = build(*arguments, **settings)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(training_module, "_build", note)
+    with pytest.raises(DivergedError):
+        train(preset="tiny_wild", retries=2)
+    assert alive == [0, 0, 0]
 
 
 def test_run_that_is_out_of_time_is_not_tried_again(train, monkeypatch):
@@ -543,10 +574,21 @@ def test_interrupted_run_stops_cleanly_and_goes_on(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_interrupt_at_the_end_of_an_epoch_loses_nothing(train, interrupt_at):
-    steps_per_epoch = 45
+def test_interrupt_at_the_end_of_an_epoch_loses_nothing(
+    train, interrupt_at, monkeypatch
+):
+    steps_per_epoch = 40
     interrupt_at(steps_per_epoch)
+    ends = []
+    stop = training_module._Keeper.on_epoch_end
+
+    def note(self, epoch, logs):
+        ends.append(self.num_batches)
+        stop(self, epoch, logs)
+
+    monkeypatch.setattr(training_module._Keeper, "on_epoch_end", note)
     stopped = train()
+    assert ends == [steps_per_epoch]
     assert stopped["epochs"] == 1
     assert stopped["status"] == "interrupted"
     assert stopped["valid_perplexity"] is not None
@@ -586,8 +628,8 @@ def test_weights_that_a_lost_epoch_left_are_told_as_what_they_are(
     folder.save_best_weights(model, 2, 1.5)
     result = train(epochs=2, resume=True)
     row = result["history"][1]
-    if row["valid_perplexity"] < result["history"][0]["valid_perplexity"]:
-        assert result["valid_perplexity"] == row["valid_perplexity"]
+    assert row["valid_perplexity"] < result["history"][0]["valid_perplexity"]
+    assert result["valid_perplexity"] == row["valid_perplexity"]
     monkeypatch.setattr(
         type(PRESETS["tiny"]), "learning_rate_of", lambda *_: 10.0
     )
@@ -746,6 +788,20 @@ def test_run_goes_on_with_its_own_settings_alone(name, value, train):
         train(resume=True, **{name: value})
 
 
+def test_run_goes_on_where_its_corpus_was_moved(
+    train, whole, corpus_folder, tmp_path
+):
+    expected, _ = whole()
+    train(epochs=1)
+    moved = corpus_folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="no folder"):
+        train(epochs=3, resume=True)
+    result = train(corpus=moved, epochs=3, resume=True)
+    assert result["corpus"] == "moved"
+    np.testing.assert_allclose(figures(result), expected, **SAME)
+    assert train(corpus=None, resume=True)["corpus"] == "moved"
+
+
 def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
     train(epochs=1)
     with (corpus_folder / "train.txt").open("a") as file:
@@ -861,7 +917,7 @@ def test_averaging_begins_where_the_validation_is_not_monotone(
     first = worse.index(True) + 1  # the first epoch that is averaged
     averaged = [row["averaged_steps"] for row in rows]
     assert averaged[:first] == [0.0] * first
-    assert 0 < averaged[first] < averaged[-1] or first == len(rows) - 1
+    assert 0 < averaged[first] < averaged[-1]
 
 
 def test_training_may_end_where_the_validation_is_not_monotone(
@@ -1164,6 +1220,7 @@ def test_no_config_gives_more_than_a_line(trained, rng):
         for read in (
             lambda: load_run(trained.path),
             lambda: training_module._read_plan(trained, {}),
+            lambda: preset_of(trained.read_config()),
         ):
             try:
                 read()

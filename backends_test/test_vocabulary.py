@@ -26,6 +26,11 @@ def fresh_keras():
 # Ids
 
 
+def test_text_in_one_piece_is_not_taken_for_words():
+    with pytest.raises(UserError, match=r"received 'a b'. Split it"):
+        ABC.encode("a b")
+
+
 @some_examples
 @given(st.lists(st.sampled_from("abcde") | TEXT, min_size=1))
 def test_words_are_sorted_by_count_then_by_the_word(words):

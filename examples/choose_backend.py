@@ -4,6 +4,7 @@
 
 Backends are looked for in this Python's environment and in those of nox. The
 choice is kept: `multilstm train` takes it too where nothing names a backend.
+`KERAS_BACKEND`, where it is set, goes before the choice, here too.
 """
 
 from multilstm.bench import bench, choose, make_shapes

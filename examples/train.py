@@ -64,8 +64,9 @@ def main() -> None:
         for title, ids in zip(("Actual", "Predicted"), pair, strict=True):
             print(f"{title} words ({split}):", *corpus.vocabulary.decode(ids))
 
+    prompt = "The" if "The" in corpus.vocabulary else "the"  # as on PTB
     text = multilstm.generate(
-        model, corpus.vocabulary, "The", temperature=0.8, stop_at="<eos>"
+        model, corpus.vocabulary, prompt, temperature=0.8, stop_at="<eos>"
     )
     print("generated:", *text.prompt, *text.words)
 

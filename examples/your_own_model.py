@@ -49,10 +49,8 @@ model.fit(
     verbose=2,
 )
 
-actual, predicted = [], []
-for inputs, targets in [NextWordWindows(corpus.test, *sizes)[0]]:
-    scores = model.predict(inputs, verbose=0)  # (batch, time, vocabulary)
-    actual += corpus.vocabulary.decode(targets[:10, -1])
-    predicted += corpus.vocabulary.decode(scores[:10, -1].argmax(-1))
-print("Actual words:   ", " ".join(actual))
-print("Predicted words:", " ".join(predicted))
+inputs, targets = NextWordWindows(corpus.test, *sizes)[0]
+scores = model.predict(inputs, verbose=0)  # (batch, time, vocabulary)
+actual, predicted = targets[0, :10], scores[0, :10].argmax(-1)
+print("Actual words:   ", *corpus.vocabulary.decode(actual))
+print("Predicted words:", *corpus.vocabulary.decode(predicted))

@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +17,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from multilstm.devices import usual_precision
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
-from multilstm.files import finite_or_none, write_json
+from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.launch import launch, place_among_processes
-from multilstm.presets import find_preset
+from multilstm.presets import CONFIG_SCHEMA, find_preset, preset_of
 from multilstm.selection import (
     compare,
     describe_presets,
@@ -122,7 +124,8 @@ class Train(OnBackend):
     vocabulary has no <unk>: error (default) or drop."""
     resume: bool = False
     """Go on from the checkpoint in --out, or start where there is none. Only
-    --epochs, --patience, --until-perplexity and --learning-rate may change."""
+    --epochs, --patience, --until-perplexity, --learning-rate and
+    --checkpoint-minutes may change, and --corpus to where the text is now."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -273,7 +276,7 @@ class Bench(Measure):
 
 @dataclasses.dataclass(kw_only=True)
 class Choose(Measure):
-    """Find the fastest backend; in float32 it is then the default of train."""
+    """Find the fastest backend, then the default of train in that dtype."""
 
     batch_size: int | None = None
     """Rows a batch."""
@@ -331,10 +334,10 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
             f"unigram {result['test_unigram_perplexity']:.1f}), "
             f"{_speed(result)}, in {result['run']}"
         )
-        if options.minutes and result["epochs"] < result["epochs_planned"]:
+        if result["is_out_of_time"]:
             console.print(
                 f"{result['epochs']} of {result['epochs_planned']} epochs; go "
-                f"on with: multilstm train --out {result['run']} --resume"
+                f"on with: {_command_to_go_on(options, result)}"
             )
     return result
 
@@ -349,7 +352,6 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         describe_protocol,
         load_run,
         load_run_corpus,
-        preset_of,
     )
 
     model, _, config = load_run(options.run)
@@ -393,7 +395,6 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         describe_protocol,
         load_run,
         load_run_corpus,
-        preset_of,
         weights_sha256,
     )
     from multilstm.tuning import show_settings
@@ -408,10 +409,12 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         "corpus": corpus.name,
         "weights_sha256": weights_sha256(model),
     }
+    earlier = _earlier_methods(path, record)
 
     def keep(result: dict[str, Any]) -> None:
         """Writes what there is so far: some methods take long."""
         record.update(result)
+        record["methods"] = earlier | result["methods"]
         record["plain"]["protocol"] = describe_protocol(
             preset_of(config), config
         )
@@ -434,6 +437,23 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         console.print(f"{name}: {show_settings(figures['settings'])}")
     console.print(str(path))
     return record
+
+
+def _earlier_methods(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What other commands measured of the same run in the same way."""
+    from multilstm.adaptation import SCHEMA
+
+    if not path.exists():
+        return {}
+    before = read_json(path, schema=SCHEMA)
+    for name, value in record.items():
+        if name not in ("run", "kernel") and before.get(name) != value:
+            logging.getLogger("multilstm").warning(
+                "%s is of another %s, so it is written anew.", path, name
+            )
+            return {}
+    methods: dict[str, Any] = before["methods"]
+    return methods
 
 
 def adaptation_table(result: dict[str, Any]) -> Table:
@@ -609,6 +629,10 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
     from multilstm.bench import bench
     from multilstm.report import bench_tables, write_report
 
+    if options.model is not None:
+        _refuse(
+            options, "--model, which has its own sizes", but=("batch_size",)
+        )
     result = bench(
         _pythons(options),
         _shapes(options, _batch_sizes(options.batch_size)),
@@ -632,6 +656,7 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
     from multilstm.report import bench_tables
 
     if options.results is not None:
+        _refuse(options, "--results, whose times it has already")
         return _tell_choices(choose_by(options.results), options, console)
     size = options.batch_size
     batch_sizes = () if size is None else (size,)
@@ -654,6 +679,7 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
 def _tell_choices(
     choices: list[dict[str, Any]], options: Choose, console: Console
 ) -> dict[str, Any]:
+    backends = {choice["backend"] for choice in choices}
     for choice in choices:
         equal = ", ".join(choice["equal_within_noise"])
         note = f" (equal within noise: {equal}; it compiles fastest)"
@@ -662,9 +688,35 @@ def _tell_choices(
             f"{choice['shape_line']}{note if equal else ''}",
             style="bold",
         )
+        if choice["dtype"] != usual_precision():
+            mixed = "mixed_" if choice["dtype"] == "bfloat16" else ""
+            console.print(
+                "It is the default of train with --precision "
+                f"{mixed}{choice['dtype']} alone."
+            )
     if options.write_keras_json:
-        console.print(f"written to {write_keras_json(choice['backend'])}")
-    return choice
+        if len(backends) > 1:
+            raise UserError(
+                "--write-keras-json needs one backend; for these shapes it is "
+                f"{', '.join(sorted(backends))}. Choose by one shape."
+            )
+        console.print(f"written to {write_keras_json(backends.pop())}")
+    return (choices[0] if len(choices) == 1 else {}) | {"choices": choices}
+
+
+def _refuse(options: Measure, beside: str, but: Sequence[str] = ()) -> None:
+    """Tells of options that would do nothing."""
+    names = (*_SIZES, "preset", "batch_size", "again", "python")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if name not in but and getattr(options, name, None)
+    ]
+    if given:
+        raise UserError(
+            f"{', '.join(given)} would do nothing beside {beside}. Leave it "
+            "out."
+        )
 
 
 def run_presets(options: Presets, console: Console) -> dict[str, Any]:
@@ -720,7 +772,11 @@ def run_doctor(options: Doctor, console: Console) -> dict[str, Any]:
     from multilstm.doctor import doctor
     from multilstm.report import doctor_lines
 
-    result = doctor(_pythons(options), timeout=options.timeout, tell=_telling())
+    result = doctor(
+        _pythons(options),
+        timeout=_check_timeout(options.timeout),
+        tell=_telling(),
+    )
     advice = [f"- {line}" for line in result["advice"]]
     for line in [*doctor_lines(result), "", "What to do", *advice]:
         console.print(_plain(line))
@@ -740,8 +796,17 @@ def _pythons(options: Compare | Measure | Doctor) -> dict[str, Path]:
     return parse_pythons(options.python) if options.python else find_pythons()
 
 
+def _check_timeout(seconds: float) -> float:
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise UserError(
+            "--timeout must be above 0 s and at most "
+            f"{threading.TIMEOUT_MAX:g} s; received {seconds}."
+        )
+    return seconds
+
+
 def _how_to_measure(options: Measure) -> dict[str, Any]:
-    for name in ("processes", "rounds", "steps", "timeout"):
+    for name in ("processes", "rounds", "steps"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be above 0; received {value}.")
@@ -750,19 +815,25 @@ def _how_to_measure(options: Measure) -> dict[str, Any]:
         "processes": options.processes,
         "rounds": options.rounds,
         "steps": options.steps,
-        "timeout": options.timeout,
+        "timeout": _check_timeout(options.timeout),
         "tell": _telling(),
     }
+
+
+# What `make_shapes` takes besides.
+_SIZES = (
+    *("units", "layers", "embedding_dim", "sequence_length"),
+    "vocabulary_size",
+)
 
 
 def _shapes(options: Measure, batch_sizes: Sequence[int]) -> list[Any]:
     from multilstm.bench import make_shapes
 
-    names = "units layers embedding_dim sequence_length vocabulary_size"
     return make_shapes(
         preset=options.preset,
         batch_sizes=batch_sizes,
-        **{name: getattr(options, name) for name in names.split()},
+        **{name: getattr(options, name) for name in _SIZES},
     )
 
 
@@ -774,7 +845,7 @@ def _batch_sizes(text: str | None) -> list[int]:
             "--batch-size needs whole numbers with commas between, as "
             f"20,64,128; received {text!r}."
         )
-    return [int(part) for part in parts]
+    return [*dict.fromkeys(int(part) for part in parts)]
 
 
 def _telling() -> Callable[[str], None]:
@@ -834,8 +905,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first = True
     try:
         if isinstance(options, OnBackend):
-            shape = _shape_of(options) if isinstance(options, Train) else None
-            backend, reason = select_backend(options.backend, shape)
+            trained = isinstance(options, Train) and _what_to_train(options)
+            backend, reason = select_backend(
+                options.backend, *(trained or (None, None))
+            )
             count = 1
             if isinstance(options, Train):
                 rank, started = place_among_processes(backend)
@@ -871,10 +944,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shape_of(options: Train) -> dict[str, Any]:
-    """The sizes for which a backend may have been chosen."""
+def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
+    """Sizes and dtype, for which a backend may have been chosen."""
     preset = find_preset(options.preset or "small")
-    return {
+    precision = options.precision
+    config = options.out and options.out / "config.json"
+    if options.resume and config and config.exists():
+        settings = read_json(config, schema=CONFIG_SCHEMA)
+        preset, precision = preset_of(settings), settings.get("precision")
+    dtype = "bfloat16" if precision == "mixed_bfloat16" else precision
+    shape = {
         "units": preset.units_of_layers,
         "batch_size": max(options.batch_size or preset.batch_size, 1),
         "sequence_length": max(
@@ -882,6 +961,7 @@ def _shape_of(options: Train) -> dict[str, Any]:
         ),
         "vocabulary_size": max(options.max_vocabulary or 10_000, 1),
     }
+    return shape, dtype
 
 
 def _command_to_go_on(options: Train, record: dict[str, Any]) -> str:

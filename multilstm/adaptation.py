@@ -37,8 +37,8 @@ from multilstm.evaluation import (
     Evaluator,
     Reading,
 )
-from multilstm.model import LanguageModel
 from multilstm.neural_cache import cache_probabilities, mix
+from multilstm.ops import tf32
 from multilstm.tuning import Search, Settings
 
 SCHEMA = "multilstm-adapted-1"
@@ -107,7 +107,7 @@ def adapt(
     """
     if isinstance(methods, str):
         methods = [methods]
-    _check(model, methods, tune_tokens, num_samples)
+    _check(model, methods, tune_tokens, num_samples, seed)
     evaluator = Evaluator(
         model,
         batch_size,
@@ -247,6 +247,7 @@ class Temperature:
     def measure(self, text: _Text, temperature: float) -> Evaluation:
         return Evaluation.of(self.nats(text, temperature))
 
+    @tf32(False)
     def nats(self, text: _Text, temperature: float) -> NDArray[np.float32]:
         """Of each word, float32 of shape `(num_tokens - 1,)`."""
         features, targets = text.features, text.token_ids[1:]
@@ -365,13 +366,7 @@ class DropoutAverage:
 
     def measure(self, text: _Text, num_samples: float) -> Evaluation:
         # A copy, so that the masks are those of the seed for every text.
-        settings = self._model.settings | {
-            "seed": self._seed,
-            "carry_state": False,
-        }
-        model = LanguageModel(**settings, dtype=self._model.dtype_policy)
-        model.build((None, None))
-        model.set_weights(self._model.get_weights())
+        model = self._model.copy(seed=self._seed, carry_state=False)
         evaluator = Evaluator(model, *self._sizes, training=True)
         total = np.full(len(text.nats), -np.inf)
         for _ in range(int(num_samples)):
@@ -475,7 +470,11 @@ def _figures(measured: dict[str, Evaluation]) -> dict[str, float]:
 
 
 def _check(
-    model: Any, methods: Sequence[str], tune_tokens: int, num_samples: int
+    model: Any,
+    methods: Sequence[str],
+    tune_tokens: int,
+    num_samples: int,
+    seed: int,
 ) -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
@@ -486,6 +485,7 @@ def _check(
     for name, number, least in (
         ("tune_tokens", tune_tokens, 2),
         ("num_samples", num_samples, 1),
+        ("seed", seed, 0),
     ):
         if number < least:
             raise UserError(

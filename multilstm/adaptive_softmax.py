@@ -8,6 +8,7 @@ A word of the head costs the head alone, and most words of a text are there.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -149,7 +150,7 @@ def _log_softmax(logits: Any) -> Any:
 def check_cutoffs(cutoffs: Sequence[int], vocabulary_size: int) -> list[int]:
     """Cutoffs as a list, or what is wrong with them."""
     edges = [0, *cutoffs, vocabulary_size]
-    is_whole = all(isinstance(edge, int) for edge in edges)
+    is_whole = all(isinstance(edge, Integral) for edge in edges)
     if len(edges) < 3 or not is_whole or sorted({*edges}) != edges:
         raise UserError(
             "`cutoffs` must be whole numbers that increase, from 1 to below "
@@ -157,7 +158,7 @@ def check_cutoffs(cutoffs: Sequence[int], vocabulary_size: int) -> list[int]:
             f"{list(cutoffs)}. Give the first word of each tail, for instance "
             f"{default_cutoffs(max(vocabulary_size, 3))}."
         )
-    return edges[1:-1]
+    return [int(edge) for edge in edges[1:-1]]
 
 
 def default_cutoffs(vocabulary_size: int) -> list[int]:

@@ -54,6 +54,7 @@ class Row:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     processes: list[list[float]] = dataclasses.field(default_factory=list)
     compile_seconds: list[float] = dataclasses.field(default_factory=list)
+    warm_up_seconds: list[float] = dataclasses.field(default_factory=list)
     joules: list[float] = dataclasses.field(default_factory=list)
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def bench(
     if not pythons:
         raise UserError(
             "A benchmark needs at least one backend and none is installed. "
-            "Install one with: pip install 'multilstm[jax]'"
+            "Install one with: pip install jax"
         )
     dtype = dtype or devices.usual_precision()
     if model and dtype == "bfloat16":
@@ -123,8 +124,13 @@ def bench(
             "dtype bfloat16. Save it with that policy and leave the dtype out."
         )
     ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
-    if peers and not model:
+    if peers:
         ways += PEERS
+    if peers and model:
+        raise UserError(
+            "Peers are timed beside networks of this package; received peers "
+            f"and the model {model}. Leave one of them out."
+        )
     device, driver = devices.device_and_driver()
     rows_of = [
         [Row(backend, way) for way in ways for backend in BACKENDS]
@@ -133,15 +139,20 @@ def bench(
     for row in (row for rows in rows_of for row in rows):
         row.about["installed"] = row.backend in pythons
         if row.backend not in pythons:
-            row.about["reason"] = (
-                f"not installed; pip install 'multilstm[{row.backend}]'"
-            )
+            row.about["reason"] = f"not installed; pip install {row.backend}"
     lengths = [shape.sequence_length for shape in shapes]
     for number in range(processes):
         with ExitStack() as closed_at_end:
             tell(f"processes, {number + 1} of {processes}")
             for same in zip(*rows_of, strict=True):
-                _start(same, pythons, timeout, dtype, closed_at_end)
+                _start(
+                    same,
+                    pythons,
+                    timeout,
+                    dtype,
+                    closed_at_end,
+                    gpu=device if driver else None,
+                )
             if steps is None:
                 started = [row for row in rows_of[0] if row.runs]
                 steps = 100 if any(row.about["gpu"] for row in started) else 8
@@ -192,8 +203,13 @@ def _start(
     timeout: float,
     dtype: str,
     closed_at_end: ExitStack,
+    *,
+    gpu: str | None,
 ) -> None:
-    """Starts one process for the rows of one backend and way."""
+    """Starts one process for the rows of one backend and way.
+
+    One that does not see a GPU that is there would be timed on the processor.
+    """
     running = [row for row in same if row.runs]
     if not running:
         return
@@ -204,6 +220,11 @@ def _start(
         )
         closed_at_end.enter_context(closing(process))
         answer = process.ask("start", precision=dtype)
+        if gpu and not answer["gpu"]:
+            raise WorkerError(
+                f"it does not see the {gpu}; what to install says: multilstm "
+                "doctor"
+            )
     except WorkerError as failure:
         for row in running:
             row.about["reason"] = str(failure)
@@ -256,6 +277,7 @@ def _measure(
             tell(f"building {row.backend}, {row.variant}: {shape}")
         if answer := row.ask("build", variant=row.variant):
             row.compile_seconds.append(answer.pop("compile_time_seconds"))
+            row.warm_up_seconds.append(answer["warm_up_seconds"])
             row.processes.append([])
             first = row.about.setdefault("losses", answer["losses"])
             if not row.about.get("is_random"):
@@ -296,7 +318,7 @@ def _record(row: Row, shape: Shape, dtype: str, steps: int) -> dict[str, Any]:
         tokens = len(row.joules) * steps * shape.tokens
         joules = round(1e6 * sum(row.joules) / tokens, 1)
     return record | {
-        "compile_time_seconds": float(np.median(row.compile_seconds)),
+        "compile_time_seconds": _compile_seconds(row, steps),
         "joules_per_million_tokens": joules,
         "step_time_ms": {
             "median": round(float(median), 4),
@@ -311,6 +333,20 @@ def _record(row: Row, shape: Shape, dtype: str, steps: int) -> dict[str, Any]:
     }
 
 
+def _compile_seconds(row: Row, steps: int) -> float:
+    """Up to the first step, and what the first window took over the others.
+
+    Several steps at once are compiled as a program of their own.
+    """
+    seconds = [
+        built + max(0.0, warm_up - steps * float(np.median(windows)) / 1000)
+        for built, warm_up, windows in zip(
+            row.compile_seconds, row.warm_up_seconds, row.processes, strict=True
+        )
+    ]
+    return round(float(np.median(seconds)), 3)
+
+
 def judge(
     records: Sequence[dict[str, Any]], truth: float | None, dtype: str
 ) -> None:
@@ -318,7 +354,8 @@ def judge(
 
     Three things are looked at: the loss before the first step, against NumPy
     where there is a `truth`; the losses of the steps after it, against the
-    median of all rows; and a plain product, against float64.
+    median of all rows, or of two against each other; and a plain product,
+    against float64.
 
     Args:
         records: Those of one shape. `agrees` is set, and `disagrees` to a
@@ -335,6 +372,8 @@ def judge(
     finite = [np.isfinite(record["losses"]).all() for record in running]
     with np.errstate(invalid="ignore"):
         apart = np.abs(losses / np.nanmedian(losses, axis=0) - 1)
+    if len(running) == 2:
+        apart *= 2  # half of the way between them is the median
     for record, of_steps, is_finite in zip(running, apart, finite, strict=True):
         said = []
         if not is_finite:
@@ -344,7 +383,7 @@ def judge(
         worst = float(of_steps.max()) if of_steps.size else 0.0
         if not worst <= LOSS_TOLERANCE:  # NaN too
             said.append(
-                f"its losses are {worst:.1e} from the median of all "
+                f"its losses are {worst:.1e} from those of the others "
                 f"({LOSS_TOLERANCE:g} allowed)"
             )
         if truth is not None:
@@ -471,19 +510,25 @@ def choose_by(path: Path) -> list[dict[str, Any]]:
     """
     result = read_json(path, schema=BENCH_SCHEMA)
     here = devices.device_and_driver()
-    made = result["device"], result["driver"]
+    made = result.get("device"), result.get("driver")
     if made != here:
         raise UserError(
             f"{path} must be of this device and driver, {here}; it is of "
             f"{made}. Measure here: multilstm choose"
         )
-    of_shapes = by_shape(result["results"]).values()
-    if not of_shapes or result["model"]:
+    try:
+        of_shapes = by_shape(result["results"]).values()
+        if not of_shapes or result["model"]:
+            raise UserError(
+                f"{path} must hold times of language models; it has none. "
+                "Measure here: multilstm choose"
+            )
+        return [choose(result | {"results": records}) for records in of_shapes]
+    except (AttributeError, LookupError, TypeError) as error:
         raise UserError(
-            f"{path} must hold times of language models; it has none. "
+            f"{path} must be whole, as bench wrote it; it is not ({error!r}). "
             "Measure here: multilstm choose"
-        )
-    return [choose(result | {"results": records}) for records in of_shapes]
+        ) from error
 
 
 def by_shape(

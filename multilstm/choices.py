@@ -18,8 +18,9 @@ from multilstm.files import cache_folder, read_json, write_json
 
 CHOICE_SCHEMA = "multilstm-choice-1"
 _FIELDS = {
-    *("made", "device", "driver", "dtype", "shape_class", "shape_line"),
-    *("backend", "ranking", "equal_within_noise", "versions"),
+    *("made", "device", "driver", "dtype", "shape", "shape_class"),
+    *("shape_line", "backend", "ranking", "equal_within_noise", "versions"),
+    "tokens_per_second",
 }
 
 

@@ -41,6 +41,18 @@ def usual_precision() -> str:
     return "float32" if _nvml() is None else "tf32"
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the GPU's memory; None where NVML does not tell."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    library, gpu = nvml
+    try:
+        return int(library.nvmlDeviceGetMemoryInfo(gpu).total)
+    except library.NVMLError:
+        return None
+
+
 def gpu_joules() -> float | None:
     """The energy that the GPU has used since its driver was loaded.
 

@@ -15,6 +15,13 @@ from multilstm.devices import device_and_driver
 from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
 
+CUDA_FORMS = {
+    "jax": "pip install 'jax[cuda13]'",
+    "torch": "pip uninstall torch, then the command that pytorch.org gives",
+    "tensorflow": (
+        "pip uninstall tensorflow-cpu, then pip install 'tensorflow[and-cuda]'"
+    ),
+}
 DOCTOR_SCHEMA = "multilstm-doctor-1"
 # Of the trial's outputs and gradients, relative to the largest. Seen in
 # float32: 2e-6. TF32 gives 5e-4, a swapped gate 1.
@@ -61,7 +68,7 @@ def _examine(
         "kernel": None,
     }
     if python is None:
-        record["reason"] = f"pip install 'multilstm[{backend}]'"
+        record["reason"] = f"pip install {backend}"
         return record
     record["python"] = str(python)
     try:
@@ -107,7 +114,7 @@ def advise(records: list[dict[str, Any]], driver: str | None) -> list[str]:
         if driver and not record["gpu"]:
             advice.append(
                 f"{name} does not see the GPU that is here. Install its CUDA "
-                f"form: pip install 'multilstm[{name}-cuda]'"
+                f"form: {CUDA_FORMS[name]}"
             )
         if not record["fast"]:
             advice.append(
@@ -117,14 +124,13 @@ def advise(records: list[dict[str, Any]], driver: str | None) -> list[str]:
             )
     missing = [r["backend"] for r in records if not r["installed"]]
     if len(missing) == len(records):
-        return ["Install a backend: pip install 'multilstm[jax]'"]
+        return ["Install a backend: pip install jax"]
     if not advice:
         advice.append("What is installed works, each with its fast LSTM.")
     if missing:
-        extras = " ".join(f"'multilstm[{name}]'" for name in missing)
         advice.append(
-            f"To have more to choose from: pip install {extras} (in an "
-            "environment for each, if their requirements disagree)."
+            f"To have more to choose from: pip install {' '.join(missing)} "
+            "(in an environment for each, if their requirements disagree)."
         )
     advice.append("To know which is fastest for your model: multilstm choose")
     return advice

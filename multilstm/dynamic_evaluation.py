@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
 from multilstm.errors import UserError
-from multilstm.evaluation import Evaluation
+from multilstm.evaluation import Evaluation, check_text
 from multilstm.layers import reset_carried_state
 from multilstm.model import LanguageModel
 from multilstm.ops import tf32
@@ -146,7 +146,12 @@ class DynamicEvaluator:
         return nats
 
     def evaluate(self, token_ids: NDArray[np.int32], **how: Any) -> Evaluation:
-        """The totals of `read`."""
+        """The totals of `read`.
+
+        Raises:
+            UserError: If there are not two words, or one is not the model's.
+        """
+        check_text(token_ids, self._source.vocabulary_size)
         nats = self.read(token_ids, **how)
         return Evaluation(float(nats.sum()), len(token_ids) - 1)
 

@@ -91,6 +91,26 @@ class Reading:
     starts: States
 
 
+def check_text(token_ids: NDArray[np.int32], vocabulary_size: int) -> None:
+    """That there is a word to predict, and that the model has each.
+
+    Raises:
+        UserError: If not.
+    """
+    if len(token_ids) < 2:
+        raise UserError(
+            "A perplexity needs two words or more, one to predict the other "
+            f"from; received {len(token_ids)}."
+        )
+    for unknown in (token_ids.min(), token_ids.max()):
+        if not 0 <= unknown < vocabulary_size:
+            raise UserError(
+                f"The model knows {vocabulary_size} words; the text has the "
+                f"id {unknown}. Encode it with the vocabulary of the model's "
+                "run."
+            )
+
+
 def evaluate(
     model: Any,
     token_ids: NDArray[np.int32],
@@ -192,18 +212,7 @@ class Evaluator:
 
     def _fold(self, token_ids: NDArray[np.int32]) -> ContinuousStreams:
         """The text in rows, after it was checked."""
-        if len(token_ids) < 2:
-            raise UserError(
-                "A perplexity needs two words or more, one to predict the "
-                f"other from; received {len(token_ids)}."
-            )
-        for unknown in (token_ids.min(), token_ids.max()):
-            if not 0 <= unknown < self.model.vocabulary_size:
-                raise UserError(
-                    f"The model knows {self.model.vocabulary_size} words; the "
-                    f"text has the id {unknown}. Encode it with the "
-                    "vocabulary of the model's run."
-                )
+        check_text(token_ids, self.model.vocabulary_size)
         # Short texts in fewer rows, so that a row is not mostly warm-up.
         rows = max(1, min(self.batch_size, len(token_ids) // 16))
         return ContinuousStreams(token_ids, self.sequence_length, rows)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from multilstm.errors import UserError
 from multilstm.vocabulary import END_OF_SENTENCE, Vocabulary
 
+_WORDS_AT_ONCE = 256  # each has the logits of all words
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -169,11 +171,15 @@ def predict_next_words(
             f"of the text's {len(token_ids)}; received start={start}, "
             f"num_words={num_words}. Ask for fewer or earlier words."
         )
-    inputs = token_ids[np.newaxis, : start + num_words - 1]
-    states = model.get_initial_state(1)
-    logits, _ = _Step(model).predict_on_batch((inputs, states))
-    predicted = np.asarray(logits)[0, start - 1 :].argmax(axis=-1)
-    return token_ids[start : start + num_words], predicted.astype(np.int32)
+    step, states = _Step(model), model.get_initial_state(1)
+    actual = token_ids[start : start + num_words]
+    inputs = token_ids[: start + num_words - 1]
+    predicted = []
+    for first in range(0, len(inputs), _WORDS_AT_ONCE):
+        chunk = inputs[first : first + _WORDS_AT_ONCE]
+        logits, states = step.predict_on_batch((chunk[np.newaxis], states))
+        predicted.append(np.asarray(logits)[0].argmax(axis=-1))
+    return actual, np.concatenate(predicted)[start - 1 :].astype(np.int32)
 
 
 class _Step(keras.Model):

@@ -20,6 +20,8 @@ KINDS = ("uniform", "normal", "glorot_uniform", "orthogonal")
 class NumPyInitializer(keras.initializers.Initializer):
     """Draws what a Keras initializer of that name draws, with NumPy.
 
+    `"glorot_uniform"` and `"orthogonal"` are for matrices.
+
     Args:
         kind: `"uniform"`, `"normal"`, `"glorot_uniform"` or `"orthogonal"`.
         scale: Half the width of `"uniform"`, the standard deviation of

@@ -16,6 +16,7 @@ from multilstm.ops import (
     check_rows,
     dropout,
     embedding_lookup,
+    explain_once,
     has_xla,
     lstm,
     lstm_stack,
@@ -133,12 +134,19 @@ class LSTM(keras.layers.Layer):
     ) -> None:
         for name, instead in _INSTEAD.items():
             value = kwargs.pop(name, None)
+            if name == "use_cudnn" and value is False:
+                explain_once(
+                    "`use_cudnn=False` changes nothing here: on a GPU cuDNN "
+                    "runs, which gives the same to rounding."
+                )
             if value not in (None, False, 0, "auto"):
                 raise UserError(
                     f"`{name}` is not an argument of this LSTM; received "
                     f"{value!r}. Instead {instead}, or use keras.layers.LSTM."
                 )
+        kwargs.pop("implementation", None)  # as Keras's, which has but one
         super().__init__(**kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
         if units < 1 or int(units) != units:
             raise UserError(
                 f"`units` must be a whole number from 1 on; received {units}."
@@ -185,6 +193,7 @@ class LSTM(keras.layers.Layer):
 
     def build(self, sequences_shape: tuple[int | None, ...]) -> None:
         batch_size, _, features = sequences_shape
+        self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: features})
         self.kernel = self.add_weight(
             shape=(features, 4 * self.units),
             initializer=self.kernel_initializer,
@@ -350,7 +359,8 @@ class _CarriedState(keras.layers.Layer):
 
     As `variables` they take part in the step that a backend compiles. They
     are not `weights`, so that `get_weights` of the LSTM is what Keras's is,
-    and they are not saved, so that a file does not fix the batch size.
+    and they are not saved, so that a weights file is for any batch size. (A
+    `.keras` file has the shapes that its model was built for.)
     """
 
     def build(self, state_shape: tuple[int, int]) -> None:

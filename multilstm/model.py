@@ -10,6 +10,7 @@ changes which LSTM kernel runs.
 """
 
 import hashlib
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -184,12 +185,15 @@ class LanguageModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(units, int):
-            units = [units] * num_layers
-        units_of = list(units)
+        units_of = (
+            [int(units)] * num_layers
+            if isinstance(units, int | np.integer)
+            else [int(size) for size in units]
+        )
         if not units_of:
             raise UserError("`units` must have one layer or more; it has none.")
-        embedding_dim = embedding_dim or units_of[-1]
+        if embedding_dim is None:
+            embedding_dim = units_of[-1]
         _check_settings(locals())
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
@@ -257,7 +261,9 @@ class LanguageModel(keras.Model):
                 kernel_initializer=draw.kernel(units, i, 0),
                 recurrent_initializer=draw.kernel(units, i, 1),
                 bias_initializer=draw.bias(units, i),
-                unit_forget_bias=unit_forget_bias and not initializer_scale,
+                unit_forget_bias=(
+                    unit_forget_bias and initializer_scale is None
+                ),
                 weight_dropout=weight_dropout,
                 return_sequences=True,
                 return_state=True,
@@ -288,6 +294,7 @@ class LanguageModel(keras.Model):
         self._usual_length: int | None = None  # where that of batches varies
         self._functions: dict[Any, Any] = {}
         self._asked_steps: int | None = None
+        self._asked_jit: Any = "auto"
         self.steps_per_execution: int = 1
         self._text_of: Any = None
         self._text_kept: Any = None
@@ -362,6 +369,11 @@ class LanguageModel(keras.Model):
         x = self.embedding(token_ids, training=training)
         x = self.dropouts[0](x, training=training)
         states: list[Any] = initial_state or [None] * len(self.lstms)
+        if len(states) != len(self.lstms):
+            raise UserError(
+                "`initial_state` must have one (h, c) for each of the "
+                f"{len(self.lstms)} layers; received {len(states)}."
+            )
         between = self.dropouts[1:-1]
         drops = bool(training) and any(dropout.rate for dropout in between)
         size = 1 if drops else len(self.lstms)  # layers run together
@@ -405,6 +417,20 @@ class LanguageModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.settings}
 
+    def copy(self, *, dtype: Any = None, **changes: Any) -> "LanguageModel":
+        """A model with the same weights, not compiled.
+
+        Args:
+            dtype: Of the copy. Default: this model's.
+            changes: Other settings, as the constructor takes them.
+        """
+        copy = LanguageModel(
+            **self.settings | changes, dtype=dtype or self.dtype_policy
+        )
+        copy.build((None, None))
+        copy.set_weights(self.get_weights())
+        return copy
+
     def compile(
         self, optimizer: Any = None, loss: Any = None, **kwargs: Any
     ) -> None:
@@ -428,8 +454,18 @@ class LanguageModel(keras.Model):
         optimizer = optimizer or keras.optimizers.Adam()
         super().compile(optimizer, loss, **kwargs)
         self._asked_steps = kwargs.get("steps_per_execution")
+        self._asked_jit = kwargs.get("jit_compile", "auto")
         self._functions = {}
         fuse_optimizer(self.optimizer)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """As Keras's, without what was chosen for this backend alone."""
+        config: dict[str, Any] = super().get_compile_config()
+        if self._asked_steps is None:
+            config.pop("steps_per_execution", None)
+        if self._asked_jit == "auto":
+            config.pop("jit_compile", None)
+        return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """As `keras.Model.compile_from_config`, for a `compile` of our own."""
@@ -553,7 +589,7 @@ class LanguageModel(keras.Model):
             self._functions[key] = self.test_function
         self.test_function = self._functions[key]
 
-    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.fit`; in order and reset where state is carried.
 
         Of a dataset of this package the text is put on the device once, and
@@ -564,30 +600,34 @@ class LanguageModel(keras.Model):
         callback asks for every batch. Callbacks then hear of the last step of
         a group, as with Keras's `steps_per_execution`.
         """
+        named = _by_name(keras.Model.fit, args, kwargs)
         if self.carry_state:
-            kwargs.setdefault("shuffle", False)
-            self._prepare_carry((x, *args), kwargs)
-        shuffle = kwargs.get("shuffle", True)
-        with self._prepare_steps(x, kwargs.get("callbacks"), shuffle) as data:
+            named.setdefault("shuffle", False)
+            self._prepare_carry(named)
+        x = named.pop("x", None)
+        shuffle = named.get("shuffle", True)
+        with self._prepare_steps(x, named.get("callbacks"), shuffle) as data:
             if data is not x and not isinstance(data, keras.utils.PyDataset):
-                kwargs["shuffle"] = False  # it is shuffled already
-            return super().fit(data, *args, **kwargs)
+                named["shuffle"] = False  # it is shuffled already
+            return super().fit(data, **named)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`; starts from a state of zeros."""
+        named = _by_name(keras.Model.evaluate, args, kwargs)
         if self.carry_state:
-            self._prepare_carry(args, kwargs)
-        return super().evaluate(*args, **kwargs)
+            self._prepare_carry(named)
+        return super().evaluate(**named)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.predict`; starts from a state of zeros."""
+        named = _by_name(keras.Model.predict, args, kwargs)
         if self.carry_state:
-            self._prepare_carry(args, kwargs)
+            self._prepare_carry(named)
         # Within a `fit` it may be many, which PyTorch refuses.
         before = self.steps_per_execution
         self.steps_per_execution = self._asked_steps or 1
         try:
-            return super().predict(*args, **kwargs)
+            return super().predict(**named)
         finally:
             self.steps_per_execution = before
 
@@ -661,18 +701,26 @@ class LanguageModel(keras.Model):
         words: int = self.vocabulary_size * self.settings["embedding_dim"]
         return words + self._kernel_sizes()
 
-    def _prepare_carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _prepare_carry(self, named: dict[str, Any]) -> None:
         """Builds for the batch size of the data; resets where text begins.
 
         TensorFlow builds a model for any batch size, of which there is no
         state to carry: the first batch tells.
         """
-        data = args[0] if args else kwargs.get("x")
+        data = named.get("x")
         if not self.built and isinstance(data, keras.utils.PyDataset):
             self.build(data[0][0].shape)
-        kwargs["callbacks"] = _with_reset(kwargs.get("callbacks"))
+        named["callbacks"] = _with_reset(named.get("callbacks"))
+
+
+def _by_name(
+    method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A method's arguments by their names, whichever way they were given."""
+    bound = inspect.signature(method).bind(None, *args, **kwargs).arguments
+    named: dict[str, Any] = dict(list(bound.items())[1:])  # without the model
+    others: dict[str, Any] = named.pop("kwargs", {})
+    return named | others
 
 
 class _Draws:
@@ -734,6 +782,11 @@ class _Draws:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
+    for name in ("vocabulary_size", "embedding_dim"):
+        if settings[name] < 1:
+            raise UserError(
+                f"`{name}` must be 1 or more; received {settings[name]}."
+            )
     for name, value in settings.items():
         if name.endswith("_dropout") and name != "locked_dropout":
             if not 0 <= value < 1:

@@ -12,9 +12,16 @@ for its epsilon, which is divided too), which gives the same update.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from multilstm.errors import UserError
+
+# Of the config.json of a run, which holds its preset as it was.
+CONFIG_SCHEMA = "multilstm-run-1"
+
+OptimizerName = Literal["sgd", "adam"]
+LossKind = Literal["mean", "sum_over_time", "sum"]
+Averaging = Literal["never", "triggered", "always"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +104,7 @@ class Preset:
     half_length_share: float = 0.0
     rotates_rows: bool = False
     carry_state: bool
-    optimizer: Literal["sgd", "adam"]
+    optimizer: OptimizerName
     learning_rate: float
     warmup_epochs: int = 0
     learning_rate_decay: float = 1.0
@@ -107,15 +114,28 @@ class Preset:
     plateau_threshold: float = 0.0
     clip_norm: float | None = None
     l2: float = 0.0
-    loss: Literal["mean", "sum_over_time", "sum"] = "mean"
+    loss: LossKind = "mean"
     gradient_accumulation_steps: int = 1
-    averaging: Literal["never", "triggered", "always"] = "never"
+    averaging: Averaging = "never"
     non_monotone: int = 5
     stops_non_monotone: bool = False
     starts_from: str | None = None
     epochs: int
     published_valid: float | None = None
     published_test: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("optimizer", OptimizerName),
+            ("loss", LossKind),
+            ("averaging", Averaging),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise UserError(
+                    f"`{name}` of a preset must be one of "
+                    f"{', '.join(get_args(kind))}; received {value!r}."
+                )
 
     @property
     def loss_scale(self) -> int:
@@ -565,3 +585,20 @@ def find_preset(name: str) -> Preset:
             f"A preset is one of {', '.join(PRESETS)}; received {name!r}."
         )
     return PRESETS[name]
+
+
+def preset_of(config: dict[str, Any]) -> Preset:
+    """The preset of a run as it was when it began, with its own changes."""
+    try:
+        settings = dict(config["preset_settings"])
+        # What runs of before 2026-11-25 have instead of `loss`.
+        if settings.pop("loss_sum_over_time", False):
+            settings["loss"] = "sum_over_time"
+        return Preset(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            "The config.json of a run must hold the settings of a preset of "
+            f"this version of multilstm; it does not ({reason}). Use the "
+            "version that wrote it."
+        ) from error

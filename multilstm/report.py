@@ -549,7 +549,7 @@ def _draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 for speed, (_, high) in zip(speeds, spreads, strict=True)
             ],
         ]
-        labels = [f"{r['backend']}, {NAMES[r['variant']]}" for r in timed]
+        labels = [", ".join(cells(record)[1:3]) for record in timed]
         if timed:
             axis.barh(labels, speeds, xerr=errors)
         axis.set_title(title, fontsize=8)

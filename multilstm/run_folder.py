@@ -50,9 +50,9 @@ from multilstm.files import (
     write_text,
 )
 from multilstm.ops import Devices
+from multilstm.presets import CONFIG_SCHEMA
 from multilstm.vocabulary import Vocabulary
 
-CONFIG_SCHEMA = "multilstm-run-1"
 CHECKPOINT_SCHEMA = "multilstm-checkpoint-2"
 RESULT_SCHEMA = "multilstm-result-1"
 
@@ -202,7 +202,8 @@ class RunFolder:
         """
         before = self.read_config()
         origin = ("model", "corpus_sha256", "initial_weights_sha256")
-        after = before | config | {name: before[name] for name in origin}
+        kept = {name: before[name] for name in origin if name in before}
+        after = before | config | kept
         after = json.loads(json.dumps(after))  # tuples are lists in a file
         if after != before and not self.devices.rank:
             write_json(self.config, after)
@@ -317,8 +318,8 @@ class RunFolder:
         with self.replacing(self.checkpoint) as temporary:
             np.savez(temporary, about=text, **arrays)
             try:
-                _read_npz(temporary)
-            except (ValueError, zipfile.BadZipFile) as error:
+                read_or_explain(temporary, lambda: _read_npz(temporary))
+            except UserError as error:
                 raise WriteError(
                     f"{self.checkpoint} must read as it was written; it does "
                     f"not ({error}). The one before is kept. Look at the disk."
@@ -382,14 +383,22 @@ class RunFolder:
         """Epoch and validation perplexity of what `save_best_weights` wrote.
 
         Empty where it has written nothing yet.
+
+        Raises:
+            UserError: If the file is broken.
         """
         if not self.best_weights.exists():
             return {}
-        with h5py.File(self.best_weights) as file:
-            return {
-                "epoch": int(file.attrs["epoch"]),
-                "valid_perplexity": float(file.attrs["valid_perplexity"]),
-            }
+
+        def read() -> dict[str, float]:
+            with h5py.File(self.best_weights) as file:
+                return {
+                    "epoch": int(file.attrs["epoch"]),
+                    "valid_perplexity": float(file.attrs["valid_perplexity"]),
+                }
+
+        about: dict[str, float] = read_or_explain(self.best_weights, read)
+        return about
 
     def load_best_weights(self, model: Any) -> None:
         """Reads what `save_best_weights` wrote, into a model that is built.

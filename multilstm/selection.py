@@ -49,7 +49,9 @@ def installed_versions(backend: str) -> dict[str, str]:
 
 
 def select_backend(
-    asked: str | None = None, shape: Mapping[str, Any] | None = None
+    asked: str | None = None,
+    shape: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> tuple[str, str]:
     """Takes a backend for this process and sets `KERAS_BACKEND` to it.
 
@@ -61,6 +63,7 @@ def select_backend(
     Args:
         asked: What `--backend` said.
         shape: Sizes of what is to be trained, for which a choice was made.
+        dtype: Of its products, likewise. Default: what training takes.
 
     Returns:
         The backend, and why it was taken.
@@ -69,7 +72,7 @@ def select_backend(
         UserError: If it is unknown or not installed, if none is, or if
             `keras.json` is broken.
     """
-    backend, reason = _first_named(asked, shape)
+    backend, reason = _first_named(asked, shape, dtype)
     if backend not in BACKENDS:
         raise UserError(
             f"A backend is one of {', '.join(BACKENDS)}; {reason} says "
@@ -78,7 +81,7 @@ def select_backend(
     if not is_installed(backend):
         raise UserError(
             f"{reason} names {backend}, which is not installed. Install it "
-            f"with: pip install 'multilstm[{backend}]'"
+            f"with: pip install {backend}"
         )
     os.environ["KERAS_BACKEND"] = backend
     # TensorFlow's start-up messages; a user's own level is left alone.
@@ -87,23 +90,25 @@ def select_backend(
 
 
 def _first_named(
-    asked: str | None, shape: Mapping[str, Any] | None
+    asked: str | None, shape: Mapping[str, Any] | None, dtype: str | None
 ) -> tuple[str, str]:
     if asked:
         return asked, "--backend"
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"], "KERAS_BACKEND"
-    chosen, said = _chosen(shape)
+    chosen, said = _chosen(shape, dtype)
     if chosen:
         return chosen, said
     backend, reason = _named_by_keras_or_installed()
     return backend, f"{reason}; {said}" if said else reason
 
 
-def _chosen(shape: Mapping[str, Any] | None) -> tuple[str | None, str]:
+def _chosen(
+    shape: Mapping[str, Any] | None, dtype: str | None
+) -> tuple[str | None, str]:
     """The cached choice and what it is; or None and why it does not hold."""
     device, driver = device_and_driver()
-    choice = find_choice(device, shape=shape)
+    choice = find_choice(device, dtype, shape)
     if choice is None:
         return None, ""
     here = [name for name in choice["ranking"] if is_installed(name)]

@@ -49,7 +49,7 @@ from multilstm.ops import (
     tf32,
     use_devices,
 )
-from multilstm.presets import Preset, find_preset
+from multilstm.presets import Preset, find_preset, preset_of
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
 from multilstm.run_folder import RESULT_SCHEMA, History, Progress, RunFolder
@@ -89,10 +89,11 @@ _SECONDS_OF_ONE_SIGNAL = 0.5
 
 _SECONDS_BETWEEN_CURVES = 10.0
 
-# What may change when a run goes on.
+# What may change when a run goes on. A corpus may lie elsewhere: that it is
+# the same text is seen by its checksums.
 _CHANGEABLE = (
     *("epochs", "patience", "until_perplexity", "learning_rate"),
-    "checkpoint_minutes",
+    *("checkpoint_minutes", "corpus"),
 )
 
 
@@ -190,8 +191,8 @@ def train(
         data_folder: Where downloaded corpora lie; see `load_corpus`.
         resume: Go on from the checkpoint in `out`, with the settings of its
             `config.json`; only `epochs`, `patience`, `until_perplexity`,
-            `learning_rate` and `checkpoint_minutes` may change. Without a
-            run there, start one.
+            `learning_rate` and `checkpoint_minutes` may change, and `corpus`
+            to where the same text lies now. Without a run there, start one.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -252,12 +253,15 @@ def train(
                 if not retries or error.asked_to_stop or is_late:
                     raise
                 retries -= 1
-                gc.collect()  # of the model, which refers to itself
                 resume = True
                 given["learning_rate"] = error.learning_rate / 2
-                logger.warning(
-                    "%s This is done now, at %g.", error, given["learning_rate"]
+                logger.warning(  # of the text alone: what logs may keep it
+                    "%s This is done now, at %g.",
+                    str(error),
+                    given["learning_rate"],
                 )
+            # The model refers to itself, and until here the error to it.
+            gc.collect()
 
 
 def _train(
@@ -550,15 +554,6 @@ def _settings_to_resume(
     return settings, preset
 
 
-def preset_of(config: dict[str, Any]) -> Preset:
-    """The preset of a run as it was when it began, with its own changes."""
-    settings = dict(config["preset_settings"])
-    # What runs of before 2026-11-25 have instead of `loss`.
-    if settings.pop("loss_sum_over_time", False):
-        settings["loss"] = "sum_over_time"
-    return Preset(**settings)
-
-
 def _read_plan(
     folder: RunFolder, given: dict[str, Any]
 ) -> tuple[dict[str, Any], Preset]:
@@ -566,7 +561,7 @@ def _read_plan(
     with _explaining_config(folder):
         settings, preset = _settings_to_resume(folder, given)
         plan = _plan(settings, preset)
-        plan.architecture()
+        make_optimizer(plan)  # so that what it cannot be made of is told
     return settings, plan
 
 
@@ -701,12 +696,7 @@ def _spread_seeds(model: LanguageModel, devices: Devices) -> None:
 
 def _copy(model: LanguageModel) -> LanguageModel:
     """The model in float32, never compiled: for figures and files."""
-    copy = LanguageModel(
-        **model.settings | {"carry_state": False}, dtype="float32"
-    )
-    copy.build((None, None))
-    copy.set_weights(model.get_weights())
-    return copy
+    return model.copy(dtype="float32", carry_state=False)
 
 
 def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
@@ -815,6 +805,7 @@ class _Keeper(keras.callbacks.Callback):
         """Tells what the next epoch is of; all of it, also if it goes on."""
         self.steps_per_epoch = len(batches)
         self.tokens_per_step = _tokens_per_step(batches, self.plan)
+        self.tokens_per_epoch = round(len(batches) * self.tokens_per_step)
 
     @property
     def valid_perplexities(self) -> list[float]:
@@ -945,13 +936,13 @@ class _Keeper(keras.callbacks.Callback):
         self.num_drawn, self.drawn = len(self.history), time.monotonic()
 
     def _train_perplexity(self) -> float:
-        """Of the epoch, on all devices, summed in float64."""
-        metric = self.model.perplexity
-        nats, tokens = (
-            self.devices.whole_sum(part)
-            for part in (metric.nats, metric.tokens)
-        )
-        return Evaluation(float(nats), int(tokens)).perplexity
+        """Of the epoch, on all devices.
+
+        Within a device the nats are summed in float32. Its count of tokens
+        is not taken: from 2**24 on float32 does not hold every whole number.
+        """
+        nats = self.devices.whole_sum(self.model.perplexity.nats)
+        return Evaluation(float(nats), self.tokens_per_epoch).perplexity
 
     def _save_checkpoint(self) -> None:
         """Saves a state that can be gone on from, or ends the run.
@@ -1207,6 +1198,7 @@ def _finish(
         "parameters": model.count_params(),
         "epochs": len(history),
         "epochs_planned": keeper.plan.epochs,
+        "is_out_of_time": keeper.out_of_time and not keeper.has_ended,
         "best_epoch": best["epoch"] if best else None,
         "valid_perplexity": best["valid_perplexity"] if best else None,
         "test_perplexity": None,

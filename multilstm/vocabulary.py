@@ -141,8 +141,14 @@ class Vocabulary:
             int32 array of shape `(num_words,)`.
 
         Raises:
-            UserError: Counts the unknown words and names the first few.
+            UserError: Counts the unknown words and names the first few; or a
+                text was given that is not split.
         """
+        if isinstance(words, str):
+            raise UserError(
+                "`words` must be words, not a text in one piece; received "
+                f"{words[:40]!r}. Split it: words.split()"
+            )
         words = words if isinstance(words, Sequence) else list(words)
         stand_in = -1 if self.unknown_id is None else self.unknown_id
         get = self._ids.get
@@ -218,6 +224,7 @@ def describe_unknown(counts: Mapping[str, int]) -> str:
         f"{sum(counts.values()):,} words ({len(counts):,} distinct) are not "
         f"in the vocabulary, which has no {UNKNOWN!r} to stand for them: "
         f"{name_a_few(counts)}. Put {UNKNOWN!r} for rare words into the "
-        "training text, limit the vocabulary (min_count, max_vocabulary), or "
-        "leave such words out with unknown='drop'."
+        "training text, limit the vocabulary (--max-vocabulary, or "
+        "max_vocabulary and min_count), or leave such words out (--unknown "
+        "drop, unknown='drop')."
     )

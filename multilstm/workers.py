@@ -46,6 +46,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self.errors,
                 text=True,
+                errors="replace",
                 env=os.environ | {"KERAS_BACKEND": backend},
             )
         except OSError as error:
@@ -67,9 +68,12 @@ class WorkerProcess:
             WorkerError: If the worker says so, has ended or does not answer.
         """
         assert self.process.stdin is not None
+        question = json.dumps([method, arguments])
         try:
-            question = json.dumps([method, arguments])
             print(question, file=self.process.stdin, flush=True)
+        except (BrokenPipeError, ValueError):  # it has ended, is closed
+            raise WorkerError(self._say_how_it_ended()) from None
+        try:
             line = self.answers.get(timeout=self.timeout)
         except queue.Empty:
             self.process.kill()
@@ -78,8 +82,6 @@ class WorkerProcess:
                 f"no answer to {method!r} within {self.timeout:g} s; it was "
                 "stopped. Give more time with --timeout."
             ) from None
-        except (BrokenPipeError, ValueError):
-            line = ""
         if not line:
             raise WorkerError(self._say_how_it_ended())
         try:

@@ -166,7 +166,7 @@ def _lstm_forward(
     projected = _product(x, kernel) + bias  # (time, batch, 4 * units)
 
     def step(carry: Any, projection: Any) -> tuple[Any, Any]:
-        h, c = carry  # h as the products want it, c in float32
+        h, c = carry  # h as the products want it
         i, f, g, o = jnp.split(projection + _product(h, recurrent), 4, -1)
         i, f, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jax.nn.sigmoid(o)
         g = jnp.tanh(g)
@@ -175,7 +175,7 @@ def _lstm_forward(
         gates = jnp.concatenate([i, f, g, o], -1).astype(h.dtype)
         return (h, c), (h, c, gates)
 
-    carry = (h0.astype(x.dtype), c0.astype(_float32))
+    carry = (h0.astype(x.dtype), c0.astype(_wide(x)))
     (h, c), (hs, cs, gates) = lax.scan(step, carry, projected)
     outputs = _time_first(hs), h.astype(h0.dtype), c.astype(c0.dtype)
     return outputs, (x, h0, c0, kernel, recurrent, bias, hs, cs, gates)
@@ -184,13 +184,14 @@ def _lstm_forward(
 def _lstm_backward(residuals: Any, upstream: Any) -> tuple[Any, ...]:
     x, h0, c0, kernel, recurrent, bias, hs, cs, gates = residuals
     dy, dh, dc = upstream
+    wide = cs.dtype
     # XLA reads a transposed matrix at half the speed; once is cheap.
     recurrent_transposed = lax.optimization_barrier(recurrent.T)
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         dh, dc = carry
         dy, gate, c, c_before = inputs
-        i, f, g, o = jnp.split(gate.astype(_float32), 4, -1)
+        i, f, g, o = jnp.split(gate.astype(wide), 4, -1)
         dh = dh + dy
         tanh_c = jnp.tanh(c)
         d_cell = dc + dh * o * (1 - tanh_c * tanh_c)
@@ -205,12 +206,12 @@ def _lstm_backward(residuals: Any, upstream: Any) -> tuple[Any, ...]:
         ).astype(hs.dtype)
         return (_product(d_gates, recurrent_transposed), d_cell * f), d_gates
 
-    c_before = jnp.concatenate([c0[None].astype(_float32), cs[:-1]])
+    c_before = jnp.concatenate([c0[None].astype(wide), cs[:-1]])
     h_before = jnp.concatenate([h0[None].astype(hs.dtype), hs[:-1]])
     (dh0, dc0), d_gates = lax.scan(
         step,
-        (dh.astype(_float32), dc.astype(_float32)),
-        (_time_first(dy).astype(_float32), gates, cs, c_before),
+        (dh.astype(wide), dc.astype(wide)),
+        (_time_first(dy).astype(wide), gates, cs, c_before),
         reverse=True,
     )
     dx = _product(d_gates, lax.optimization_barrier(kernel.T))
@@ -223,7 +224,7 @@ def _lstm_backward(residuals: Any, upstream: Any) -> tuple[Any, ...]:
         _transposed_product(
             h_before.reshape(len(flat), -1), flat, recurrent.dtype
         ),
-        flat.sum(0, dtype=_float32).astype(bias.dtype),
+        flat.sum(0, dtype=wide).astype(bias.dtype),
     )
 
 
@@ -277,7 +278,9 @@ def _cross_entropy_forward(
         here = logits.at[rows, _places(targets, first, width)].get(
             mode="fill", fill_value=0
         )
-        kept = exponentials if width == kernel.shape[1] else None
+        # They reach the number of words: too much for float16.
+        is_kept = width == kernel.shape[1] and features.dtype != jnp.float16
+        kept = exponentials if is_kept else None
         return new_largest, total, chosen + here, kept
 
     rows = jnp.arange(len(targets))
@@ -325,9 +328,9 @@ def _cross_entropy_backward(
         )
 
     zeros = (
-        jnp.zeros(features.shape, _float32),
+        jnp.zeros(features.shape, _wide(features)),
         jnp.zeros_like(kernel),
-        jnp.zeros(bias.shape, _float32),
+        jnp.zeros(bias.shape, _wide(features)),
     )
     d_features, d_kernel, d_bias = _for_chunks(
         add, zeros, kernel.shape[1], size
@@ -479,8 +482,16 @@ def _places(targets: Any, first: Any, width: int) -> Any:
 
 
 def _product(left: Any, right: Any) -> Any:
-    """A matrix product, summed and given in float32."""
-    return jnp.matmul(left, right, preferred_element_type=_float32)
+    """A matrix product, summed and given in float32 or what is wider."""
+    return jnp.matmul(left, right, preferred_element_type=_wide(left))
+
+
+def _wide(array: Any) -> Any:
+    """What sums and cell states are in, which fewer bits would lose steps of.
+
+    float32, or float64 where the array is.
+    """
+    return jnp.promote_types(array.dtype, _float32)
 
 
 def _transposed_product(left: Any, right: Any, dtype: Any) -> Any:

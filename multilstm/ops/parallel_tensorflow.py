@@ -120,7 +120,7 @@ def use_devices(count: int | None) -> parallel.Devices:
                 f"TF_CONFIG, each with one device; it has {started}. Leave "
                 "it out."
             )
-        if len(tf.config.list_physical_devices("GPU")) > 1:
+        if len(tf.config.get_visible_devices("GPU")) > 1:
             raise UserError(
                 "Several processes on TensorFlow need one for each GPU; this "
                 "one sees more. Give each its own by CUDA_VISIBLE_DEVICES."
@@ -128,7 +128,7 @@ def use_devices(count: int | None) -> parallel.Devices:
         return _Workers(rank, started)
     if count is None or count == 1:
         return parallel.Devices()
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         if len(gpus) < count:
             raise parallel.too_few("GPUs", count, len(gpus))

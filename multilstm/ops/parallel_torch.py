@@ -17,7 +17,8 @@ from multilstm.ops import parallel
 
 class _Processes(parallel.Devices):
     def __init__(self) -> None:
-        if torch.cuda.is_available():
+        told = os.environ.get("KERAS_TORCH_DEVICE", "")  # by which Keras goes
+        if torch.cuda.is_available() and not told.startswith("cpu"):
             place = int(os.environ.get("LOCAL_RANK", "0"))
             found = torch.cuda.device_count()
             if place >= found:

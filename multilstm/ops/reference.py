@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,6 +18,12 @@ State = tuple[Any, Any]
 # Of the device's memory, what the logits of one chunk may take: so much that
 # a usual vocabulary fits at once, so little that it is never what runs out.
 _LOGITS_SHARE = 128
+
+# Where Linux tells a container of its own, by control groups of either kind.
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def lstm(
@@ -278,12 +285,16 @@ def default_logits_bytes(device_memory: int | None = None) -> int:
 
 
 def _host_memory() -> int:
-    """Bytes of this machine's memory."""
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    import psutil  # on Windows
+    """Bytes of this machine's memory, or what its container may take."""
+    if not hasattr(os, "sysconf"):
+        import psutil  # on Windows
 
-    return int(psutil.virtual_memory().total)
+        return int(psutil.virtual_memory().total)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _CONTAINER_LIMITS:
+        if limit.exists() and limit.read_text().strip().isdecimal():
+            memory = min(memory, int(limit.read_text()))
+    return memory
 
 
 def embedding_lookup(table: Any, token_ids: Any) -> Any:

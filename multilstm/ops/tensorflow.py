@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from multilstm.devices import gpu_memory
 from multilstm.ops import reference
 from multilstm.ops.evidence import explain_once, note_kernel
 from multilstm.ops.parallel_tensorflow import workers
@@ -68,7 +69,7 @@ def has_xla(*, for_some: bool = False) -> bool:
 
 def has_gpu() -> bool:
     """As `reference.has_gpu`."""
-    return bool(tf.config.list_physical_devices("GPU"))
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 @contextmanager
@@ -175,9 +176,10 @@ def _forward(
 ) -> tuple[Any, ...]:
     """All hidden states, cell states and gates, `(time, batch, ...)`."""
     num_steps = tf.shape(projected)[0]
+    wide = _wide(h0)
 
     def step(t: Any, h: Any, c: Any, *arrays: Any) -> tuple[Any, ...]:
-        gates = tf.cast(projected[t] + tf.matmul(h, recurrent), tf.float32)
+        gates = tf.cast(projected[t] + tf.matmul(h, recurrent), wide)
         i, f, g, o = tf.split(gates, 4, -1)
         i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
         c = f * c + i * g
@@ -189,15 +191,19 @@ def _forward(
         )
         return t + 1, h, c, *written
 
-    c0 = tf.cast(c0, tf.float32)
+    c0 = tf.cast(c0, wide)
     arrays = (
-        tf.TensorArray(dtype, num_steps)
-        for dtype in (h0.dtype, tf.float32, h0.dtype)
+        tf.TensorArray(dtype, num_steps) for dtype in (h0.dtype, wide, h0.dtype)
     )
     _, _, _, *arrays = tf.while_loop(
         lambda t, *_: t < num_steps, step, (0, h0, c0, *arrays)
     )
     return tuple(array.stack() for array in arrays)
+
+
+def _wide(tensor: Any) -> Any:
+    """What cell states are in: of fewer bits than float32 they lose steps."""
+    return tf.float64 if tensor.dtype == tf.float64 else tf.float32
 
 
 def _backward(
@@ -211,10 +217,11 @@ def _backward(
 ) -> tuple[Any, Any, Any]:
     """The gates' gradients before their activations, and the states'."""
     num_steps = tf.shape(dy)[0]
+    wide = _wide(dy)
 
     def step(t: Any, dh: Any, dc: Any, array: Any) -> tuple[Any, ...]:
-        i, f, g, o = tf.split(tf.cast(gates[t], tf.float32), 4, -1)
-        dh = dh + tf.cast(dy[t], tf.float32)
+        i, f, g, o = tf.split(tf.cast(gates[t], wide), 4, -1)
+        dh = dh + tf.cast(dy[t], wide)
         tanh_c = tf.tanh(cs[t])
         d_cell = dc + dh * o * (1 - tanh_c * tanh_c)
         d_gates = tf.concat(
@@ -227,7 +234,7 @@ def _backward(
             -1,
         )
         d_gates = tf.cast(d_gates, gates.dtype)
-        dh = tf.cast(tf.matmul(d_gates, recurrent_transposed), tf.float32)
+        dh = tf.cast(tf.matmul(d_gates, recurrent_transposed), wide)
         return t - 1, dh, d_cell * f, array.write(t, d_gates)
 
     _, dh0, dc0, array = tf.while_loop(
@@ -235,8 +242,8 @@ def _backward(
         step,
         (
             num_steps - 1,
-            tf.cast(dh, tf.float32),
-            tf.cast(dc, tf.float32),
+            tf.cast(dh, wide),
+            tf.cast(dc, wide),
             tf.TensorArray(gates.dtype, num_steps),
         ),
     )
@@ -268,7 +275,8 @@ def linear_cross_entropy(
     size = reference.chunk_size(
         num_tokens,
         kernel.shape[1],
-        max_logits_bytes or reference.default_logits_bytes(),
+        max_logits_bytes
+        or reference.default_logits_bytes(gpu_memory() if has_gpu() else None),
     )
     nll = _cross_entropy(features, kernel, bias, targets, size)
     if weights is not None:
@@ -312,7 +320,8 @@ def _cross_entropy(
         )
 
         def gradient(upstream: Any) -> tuple[Any, ...]:
-            if len(starts) > 1:
+            # The kept ones reach the number of words: too much for float16.
+            if len(starts) > 1 or features.dtype == tf.float16:
                 return _gradients_of_chunks(
                     features, kernel, bias, targets, starts, log_total, upstream
                 )
@@ -593,7 +602,7 @@ def check_rows(batch: Any, rows: int) -> None:
 
 def device_name() -> str:
     """The name of the device that TensorFlow computes on."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if not gpus:
         return reference.device_name()
     details = tf.config.experimental.get_device_details(gpus[0])

@@ -303,7 +303,8 @@ class _CrossEntropy(torch.autograd.Function):
             total += exponentials.sum(1, keepdim=True)
             largest = new_largest
         log_total = total.log() + largest
-        if size >= kernel.shape[1]:
+        # They reach the number of words: too much for float16.
+        if size >= kernel.shape[1] and features.dtype != torch.float16:
             exponentials.scatter_add_(1, targets[:, None], -total)
             kept = (exponentials.to(features.dtype), total)
         else:
@@ -362,14 +363,23 @@ def _gradient(kernel: Any, features: Any, errors: Any) -> Any:
     return _product(features.T, errors)
 
 
+def _multiplies_by_onednn(left: Any) -> bool:
+    """Whether it has these numbers: no float64, others by the processor."""
+    if left.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if left.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(left.dtype == torch.float32)
+
+
 def _product(left: Any, right: Any) -> Any:
     """A matrix product.
 
     On AMD's processors MKL, by which PyTorch multiplies, reaches half the
     speed of oneDNN, which is in PyTorch too; on Intel's they are equal.
     """
-    is_cpu = left.device.type == "cpu"  # oneDNN sums over no empty side
-    if is_cpu and left.numel() and torch.backends.mkldnn.is_available():
+    # oneDNN sums over no empty side.
+    if _multiplies_by_onednn(left) and left.numel():
         # Of a matrix with gaps between its rows oneDNN takes minutes.
         if not (right.is_contiguous() or right.T.is_contiguous()):
             right = right.contiguous()
@@ -502,7 +512,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 def device_name() -> str:
     """The name of the device that PyTorch computes on."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return str(torch.cuda.get_device_name())
     return reference.device_name()
 
