@@ -21,11 +21,30 @@ import keras
 import numpy as np
 import tiny_runs
 
+from multilstm import ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail where the backend sees no GPU, instead of testing the CPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require-gpu") and not ops.has_gpu():
+        raise pytest.UsageError(
+            f"--require-gpu needs a GPU that {keras.config.backend()} sees; it "
+            f"would run on {ops.device_name()}. See: multilstm doctor"
+        )
+
 
 @pytest.fixture(autouse=True)
 def fresh_keras() -> Iterator[None]:
-    """Keras without what earlier tests left."""
-    yield
+    """Keras without what earlier tests left; on a GPU float32's products."""
+    with ops.tf32(False):
+        yield
     keras.utils.clear_session(free_memory=False)  # which takes long
 
 
