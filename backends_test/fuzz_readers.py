@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["multilstm"]):
     from multilstm.errors import UserError
     from multilstm.report import read_results
     from multilstm.run_folder import Progress, RunFolder
-    from multilstm.training import load_run
+    from multilstm.runs import load_run
 
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))
 os.environ["MULTILSTM_CACHE"] = str(ROOT / "cache")

@@ -26,18 +26,15 @@ from multilstm import (
     load_corpus,
     load_run,
 )
+from multilstm import keeper as keeper_module
 from multilstm import model as model_module
 from multilstm import train as train_run
 from multilstm import training as training_module
 from multilstm.errors import UserError, WriteError
+from multilstm.keeper import DivergedError, best_epoch
+from multilstm.presets import preset_of
 from multilstm.run_folder import RunFolder
-from multilstm.training import (
-    DivergedError,
-    best_epoch,
-    load_run_corpus,
-    preset_of,
-    weights_sha256,
-)
+from multilstm.runs import load_run_corpus, weights_sha256
 
 NO_DROPOUT = dict.fromkeys(
     ("input_dropout", "hidden_dropout", "output_dropout"), 0.0
@@ -431,7 +428,7 @@ def test_curves_of_short_epochs_are_drawn_first_and_last(train, monkeypatch):
         draw(self, history)
 
     monkeypatch.setattr(RunFolder, "write_curves", count)
-    monkeypatch.setattr(training_module, "_SECONDS_BETWEEN_CURVES", 3600.0)
+    monkeypatch.setattr(keeper_module, "_SECONDS_BETWEEN_CURVES", 3600.0)
     train()
     assert drawn == [1, 3]
 
@@ -580,13 +577,13 @@ def test_interrupt_at_the_end_of_an_epoch_loses_nothing(
     steps_per_epoch = 40
     interrupt_at(steps_per_epoch)
     ends = []
-    stop = training_module._Keeper.on_epoch_end
+    stop = keeper_module.Keeper.on_epoch_end
 
     def note(self, epoch, logs):
         ends.append(self.num_batches)
         stop(self, epoch, logs)
 
-    monkeypatch.setattr(training_module._Keeper, "on_epoch_end", note)
+    monkeypatch.setattr(keeper_module.Keeper, "on_epoch_end", note)
     stopped = train()
     assert ends == [steps_per_epoch]
     assert stopped["epochs"] == 1
@@ -598,14 +595,14 @@ def test_stop_before_the_first_batch_leaves_a_run_to_go_on(
     train, whole, monkeypatch
 ):
     expected, _ = whole()
-    begin = training_module._Keeper.__init__
+    begin = keeper_module.Keeper.__init__
 
     def begin_and_stop(self, *arguments, **settings):
         begin(self, *arguments, **settings)
         self.signalled = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_module._Keeper, "__init__", begin_and_stop)
+        patch.setattr(keeper_module.Keeper, "__init__", begin_and_stop)
         result = train()
     assert (result["status"], result["best_epoch"]) == ("interrupted", None)
     parts = train(resume=True)
@@ -640,7 +637,7 @@ def test_weights_that_a_lost_epoch_left_are_told_as_what_they_are(
 
 
 def test_second_interrupt_ends_at_once(train, interrupt_at, monkeypatch):
-    monkeypatch.setattr(training_module, "_SECONDS_OF_ONE_SIGNAL", 0.0)
+    monkeypatch.setattr(keeper_module, "_SECONDS_OF_ONE_SIGNAL", 0.0)
     interrupt_at(4, times=2)
     with pytest.raises(KeyboardInterrupt):
         train()
@@ -747,7 +744,7 @@ def test_weights_that_are_no_numbers_are_not_kept(
         step(self, batch, logs)
         steps.append(batch)
         if len(steps) == 5:
-            training_module.sync_variables(self.model)
+            keeper_module.sync_variables(self.model)
             self.model.projection.bias.assign(np.full(9, np.nan))
 
     with monkeypatch.context() as patch:
@@ -842,7 +839,7 @@ def test_run_of_an_older_version_goes_on(train, tmp_path):
     path.write_text(json.dumps(config))
     assert train(epochs=2, resume=True)["epochs"] == 2
     config["preset_settings"]["loss_sum_over_time"] = True
-    assert training_module.preset_of(config).loss == "sum_over_time"
+    assert preset_of(config).loss == "sum_over_time"
 
 
 @pytest.mark.skipif(
@@ -860,14 +857,14 @@ def test_later_epochs_compile_no_step_anew(preset, train, monkeypatch):
 
     monkeypatch.setattr(model_module.LanguageModel, "train_step", count)
     epochs = []
-    begin = training_module._Keeper.begin_epoch
+    begin = keeper_module.Keeper.begin_epoch
 
     def note(self, batches):
         begin(self, batches)
         epochs.append(batches)
         lengths.update(getattr(batches, "lengths", [0]))
 
-    monkeypatch.setattr(training_module._Keeper, "begin_epoch", note)
+    monkeypatch.setattr(keeper_module.Keeper, "begin_epoch", note)
     train(preset=preset, epochs=4)
     assert len(epochs) == 4
     # JAX's lengths are compiled when they first come.

@@ -173,7 +173,7 @@ def main() -> None:
     memory = {kind: ask_for_memory(kind) for kind in options.kinds}
     found = measure_times(options, shape)
 
-    from multilstm.training import describe_environment
+    from multilstm.runs import describe_environment
 
     result = {
         "schema": SCHEMA,

@@ -31,7 +31,7 @@ _HOME = {
     "Preset": "presets",
     "PRESETS": "presets",
     "train": "training",
-    "load_run": "training",
+    "load_run": "runs",
     "evaluate": "evaluation",
     "predict_next_words": "generation",
     "generate": "generation",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from multilstm.model import Perplexity as Perplexity
     from multilstm.presets import PRESETS as PRESETS
     from multilstm.presets import Preset as Preset
-    from multilstm.training import load_run as load_run
+    from multilstm.runs import load_run as load_run
     from multilstm.training import train as train
     from multilstm.vocabulary import Vocabulary as Vocabulary
 

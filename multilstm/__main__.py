@@ -347,7 +347,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         return run_adapt(options, console)
     from multilstm.evaluation import evaluate
     from multilstm.run_folder import RESULT_SCHEMA
-    from multilstm.training import (
+    from multilstm.runs import (
         describe_environment,
         describe_protocol,
         load_run,
@@ -390,7 +390,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         )
     from multilstm.adaptation import adapt
     from multilstm.run_folder import RunFolder
-    from multilstm.training import (
+    from multilstm.runs import (
         describe_environment,
         describe_protocol,
         load_run,
@@ -474,7 +474,7 @@ def adaptation_table(result: dict[str, Any]) -> Table:
 
 def run_predict(options: Predict, console: Console) -> dict[str, Any]:
     from multilstm.generation import predict_next_words
-    from multilstm.training import load_run, load_run_corpus
+    from multilstm.runs import load_run, load_run_corpus
 
     model, vocabulary, config = load_run(options.run)
     corpus = load_run_corpus(config, options.data, options.corpus)
@@ -499,7 +499,7 @@ def run_predict(options: Predict, console: Console) -> dict[str, Any]:
 def run_generate(options: Generate, console: Console) -> dict[str, Any]:
     from multilstm.corpus import tokenize
     from multilstm.generation import generate
-    from multilstm.training import load_run
+    from multilstm.runs import load_run
 
     model, vocabulary, config = load_run(options.run)
     split = tokenize if config["corpus"] == "python-docs" else str.split
