@@ -158,15 +158,15 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         commands |= {task.name: task.command for task in group}
     assert names == [
         ["zaremba_medium-torch"],
-        ["best-torch"],
+        ["awd_adam-torch"],
         ["recorded-steps"],
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],
-        ["awd-torch"],
+        ["best-torch"],
     ]
     assert commands["adam_512-jax"][0] == "a"
-    for name in ("adam_512-jax", "awd-torch", "best-torch"):
+    for name in ("adam_512-jax", "awd_adam-torch", "best-torch"):
         preset = name.rpartition("-")[0]
         assert commands[name][commands[name].index("--preset") + 1] == preset
         assert "--resume" in commands[name]  # begins where there is none

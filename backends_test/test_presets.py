@@ -26,8 +26,9 @@ from multilstm.presets import find_preset
         # Adam's step does not depend on how the loss is summed.
         ("adam_512", {0: 0.01, 29: 0.01}),
         ("awd", {0: 30, 499: 30}),
+        ("best", {0: 30, 499: 30}),
         # A warm-up of 3 epochs, times 0.9 from epoch 16 on.
-        ("best", {0: 0.001, 2: 0.003, 3: 0.004, 15: 0.004, 16: 0.0036}),
+        ("awd_adam", {0: 0.001, 2: 0.003, 3: 0.004, 15: 0.004, 16: 0.0036}),
     ],
 )
 def test_learning_rate_of_each_epoch(name, rates):
@@ -197,7 +198,7 @@ def test_rate_grows_in_the_warm_up():
 
 
 @pytest.mark.parametrize(
-    "name", ["adam_512", "awd", "best", "pytorch_650_tied"]
+    "name", ["adam_512", "awd", "awd_adam", "best", "pytorch_650_tied"]
 )
 def test_preset_trains_a_step(name, rng):
     """Made small, which changes neither its dropouts nor its optimizer."""

@@ -32,9 +32,9 @@ BASE = replace(
     published_valid=None,
     published_test=None,
 )
-# What `best` has instead of `awd`'s.
-BEST = {
-    name: getattr(PRESETS["best"], name)
+# What `awd_adam` has instead of `awd`'s.
+ADAM = {
+    name: getattr(PRESETS["awd_adam"], name)
     for name in (
         *("batch_size", "rotates_rows", "optimizer", "learning_rate"),
         *("warmup_epochs", "learning_rate_decay", "decay_after", "averaging"),
@@ -72,10 +72,16 @@ CHANGES = {
         ),
         0.0,
     ),
-    "best": BEST,
-    "best, 20 rows": BEST | {"batch_size": 20},
-    "best, averages": BEST | AVERAGES,
-    "best, 20 rows, averages": BEST | AVERAGES | {"batch_size": 20},
+    "awd_adam": ADAM,
+    "awd_adam, 20 rows": ADAM | {"batch_size": 20},
+    "awd_adam, averages": ADAM | AVERAGES,
+    "awd_adam, 20 rows, averages": ADAM | AVERAGES | {"batch_size": 20},
+    "rate falls, rows rotated": {
+        "rotates_rows": True,
+        "learning_rate_decay": 0.9,
+        "decay_after": 16,
+        "averaging": "never",
+    },
 }
 
 
