@@ -727,7 +727,7 @@ def run_presets(options: Presets, console: Console) -> dict[str, Any]:
                 f"{getattr(options, name)}."
             )
     rows = describe_presets(options.vocabulary_size, options.tokens)
-    table = Table(title="perplexity on PTB, valid / test")
+    table = Table(title="perplexity, valid / test (PTB; small: python-docs)")
     for heading in ("preset", "weights", "epochs", "published", "measured"):
         table.add_column(heading)
     table.add_column("time here")
