@@ -93,7 +93,7 @@ def test_what_cannot_be_taken_is_refused(machine):
         (
             "torch",
             {"installed": ["jax"]},
-            r"^--backend names torch, .*: pip install 'multilstm\[torch\]'",
+            r"^--backend names torch, .*: pip install torch",
         ),
         (
             None,
