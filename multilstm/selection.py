@@ -218,8 +218,7 @@ def _named_by_keras_or_installed() -> tuple[str, str]:
             return backend, f"the first installed of {', '.join(BACKENDS)}"
     raise UserError(
         "Keras needs a backend and none is installed. Install one with: pip "
-        "install 'multilstm[jax]' (or multilstm[torch], "
-        "multilstm[tensorflow])."
+        "install jax (or torch, tensorflow)."
     )
 
 
