@@ -1,8 +1,10 @@
 """A test run is for the one backend that KERAS_BACKEND names."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +58,27 @@ def own_cache(
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MULTILSTM_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """How float32 is multiplied on a GPU that is pretended.
+
+    `note` keeps it in `seen`; `stop` does so in the place of a function that
+    is not to run.
+    """
+    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    seen: list[object] = []
+
+    def note(*_: object) -> None:
+        seen.append(tiny_runs.float32_products())
+
+    def stop(*_: object) -> None:
+        note()
+        raise KeyboardInterrupt
+
+    return SimpleNamespace(seen=seen, note=note, stop=stop)
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """What the methods gain, and that only valid tells them how."""
 
-import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
-import keras
 import numpy as np
 import oracles
 import pytest
@@ -54,24 +52,16 @@ def read(model, token_ids, evaluator=None):
     return module._Text(token_ids, evaluator)
 
 
-def test_temperature_is_measured_in_float32(corpus, monkeypatch):
-    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    settings = []
-
-    def spy(*_):
-        settings.append(float32_products())
-        raise KeyboardInterrupt
-
+def test_temperature_is_measured_in_float32(products, monkeypatch):
     text = SimpleNamespace(
         features=np.zeros((1, 3), np.float32), token_ids=np.zeros(2, np.int32)
     )
     temperature = Temperature(make_model())
-    monkeypatch.setattr(temperature._chunk, "predict_on_batch", spy)
+    monkeypatch.setattr(temperature._chunk, "predict_on_batch", products.stop)
     with ops.tf32(True), pytest.raises(KeyboardInterrupt):
         temperature.nats(text, 1.0)
     with ops.tf32(False):
-        assert settings == [float32_products()]
+        assert products.seen == [float32_products()]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)

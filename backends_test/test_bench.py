@@ -751,6 +751,18 @@ def test_commands_bench_choose_and_report(pretend, tmp_path, capsys):
     assert choice["backend"] == BACKEND
 
 
+def test_model_of_ones_own_has_its_python_and_length(pretend, tmp_path, capsys):
+    status = main(
+        [
+            *("bench", "--model", str(tmp_path / "model.keras")),
+            *("--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "1"),
+            *("--sequence-length", "4", "--batch-size", "2"),
+            *("--out", str(tmp_path / "out")),
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+
+
 def test_choose_takes_a_result_file_of_this_device_alone(
     result, tmp_path, capsys, own_cache
 ):
@@ -864,6 +876,10 @@ def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
         (
             ["choose", "--results", "b.json", "--preset", "awd"],
             "--preset would do nothing beside --results",
+        ),
+        (
+            ["choose", "--results", "b.json", "--dtype", "bfloat16"],
+            "--dtype would do nothing beside --results",
         ),
         (["choose", "--preset", "nothing"], "nothing"),
         (["report", "nowhere.json"], "nowhere.json is needed"),

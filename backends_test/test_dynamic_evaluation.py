@@ -1,7 +1,5 @@
 """Dynamic evaluation against its steps made one by one, by other means."""
 
-import importlib
-
 import keras
 import numpy as np
 import pytest
@@ -178,16 +176,10 @@ def test_segment_of_no_word_is_refused():
         DynamicEvaluator(make_model(), 0)
 
 
-def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
-    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    settings = []
-
-    def spy(*_):
-        settings.append(float32_products())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module._Learner, "of", spy)
+def test_products_are_float32s_whatever_is_allowed_elsewhere(
+    text, products, monkeypatch
+):
+    monkeypatch.setattr(module._Learner, "of", products.stop)
     evaluator = DynamicEvaluator(make_model(), SEGMENT)
     with ops.tf32(True):
         with pytest.raises(KeyboardInterrupt):
@@ -195,4 +187,4 @@ def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             evaluator.read(text, learning_rate=0.1, decay=0.0)
     with ops.tf32(False):
-        assert settings == [float32_products()] * 2
+        assert products.seen == [float32_products()] * 2

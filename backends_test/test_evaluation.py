@@ -1,6 +1,5 @@
 """The perplexity of one pass over a text, however it is cut."""
 
-import importlib
 import math
 
 import keras
@@ -61,11 +60,8 @@ def test_perplexity_is_that_of_one_pass(cut, text):
     )
 
 
-def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
+def test_products_are_float32s_whatever_is_allowed_elsewhere(text, products):
     """Seen from within the model, of which all read the same setting."""
-    backend = importlib.import_module(f"multilstm.ops.{keras.config.backend()}")
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    settings = []
 
     class Spy:
         vocabulary_size = V
@@ -74,7 +70,7 @@ def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
             return [(np.zeros((batch_size, 1), np.float32),) * 2]
 
         def __call__(self, token_ids, initial_state, **_):
-            settings.append(float32_products())
+            products.note()
             logits = keras.ops.one_hot(token_ids, V)
             return logits, initial_state
 
@@ -83,8 +79,8 @@ def test_products_are_float32s_whatever_is_allowed_elsewhere(text, monkeypatch):
         evaluate(Spy(), text)
         assert float32_products() == allowed
     with ops.tf32(False):
-        assert settings
-        assert set(settings) == {float32_products()}
+        assert products.seen
+        assert set(products.seen) == {float32_products()}
 
 
 @pytest.mark.parametrize("batch_size", [2, 20], ids="batch_size={}".format)

@@ -995,7 +995,9 @@ def test_device_is_the_processor_where_no_gpu_is_used():
     assert ops.device_name() == processor_name()
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX is asked by one function")
+@pytest.mark.skipif(
+    BACKEND == "jax", reason="JAX has one list, of devices in use"
+)
 def test_gpu_that_is_hidden_or_left_alone_is_none(monkeypatch):
     if BACKEND == "torch":
         import torch

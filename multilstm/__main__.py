@@ -630,9 +630,8 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
     from multilstm.report import bench_tables, write_report
 
     if options.model is not None:
-        _refuse(
-            options, "--model, which has its own sizes", but=("batch_size",)
-        )
+        sizes = ("units", "layers", "embedding_dim", "vocabulary_size")
+        _refuse(options, sizes, "--model, which has its own")
     result = bench(
         _pythons(options),
         _shapes(options, _batch_sizes(options.batch_size)),
@@ -656,7 +655,8 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
     from multilstm.report import bench_tables
 
     if options.results is not None:
-        _refuse(options, "--results, whose times it has already")
+        names = (*_SIZES, "preset", "batch_size", "dtype", "again", "python")
+        _refuse(options, names, "--results, which was measured already")
         return _tell_choices(choose_by(options.results), options, console)
     size = options.batch_size
     batch_sizes = () if size is None else (size,)
@@ -704,13 +704,12 @@ def _tell_choices(
     return (choices[0] if len(choices) == 1 else {}) | {"choices": choices}
 
 
-def _refuse(options: Measure, beside: str, but: Sequence[str] = ()) -> None:
+def _refuse(options: Measure, names: Sequence[str], beside: str) -> None:
     """Tells of options that would do nothing."""
-    names = (*_SIZES, "preset", "batch_size", "again", "python")
     given = [
         f"--{name.replace('_', '-')}"
         for name in names
-        if name not in but and getattr(options, name, None)
+        if getattr(options, name)
     ]
     if given:
         raise UserError(
@@ -905,10 +904,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first = True
     try:
         if isinstance(options, OnBackend):
-            trained = isinstance(options, Train) and _what_to_train(options)
-            backend, reason = select_backend(
-                options.backend, *(trained or (None, None))
-            )
+            shape, dtype = None, None
+            if isinstance(options, Train):
+                shape, dtype = _what_to_train(options)
+            backend, reason = select_backend(options.backend, shape, dtype)
             count = 1
             if isinstance(options, Train):
                 rank, started = place_among_processes(backend)

@@ -123,14 +123,14 @@ def bench(
             "A model of one's own has the dtype that its file names; received "
             "dtype bfloat16. Save it with that policy and leave the dtype out."
         )
-    ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
-    if peers:
-        ways += PEERS
-    if peers and model:
+    if model and peers:
         raise UserError(
             "Peers are timed beside networks of this package; received peers "
             f"and the model {model}. Leave one of them out."
         )
+    ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
+    if peers:
+        ways += PEERS
     device, driver = devices.device_and_driver()
     rows_of = [
         [Row(backend, way) for way in ways for backend in BACKENDS]

@@ -43,14 +43,8 @@ def usual_precision() -> str:
 
 def gpu_memory() -> int | None:
     """Bytes of the GPU's memory; None where NVML does not tell."""
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    library, gpu = nvml
-    try:
-        return int(library.nvmlDeviceGetMemoryInfo(gpu).total)
-    except library.NVMLError:
-        return None
+    memory = _ask_nvml("nvmlDeviceGetMemoryInfo")
+    return None if memory is None else int(memory.total)
 
 
 def gpu_joules() -> float | None:
@@ -58,12 +52,18 @@ def gpu_joules() -> float | None:
 
     None without a GPU, or where NVML does not tell (before Volta).
     """
+    millijoules = _ask_nvml("nvmlDeviceGetTotalEnergyConsumption")
+    return None if millijoules is None else float(millijoules) / 1e3
+
+
+def _ask_nvml(question: str) -> Any:
+    """What a function of NVML tells of the GPU, or None."""
     nvml = _nvml()
     if nvml is None:
         return None
     library, gpu = nvml
     try:
-        return float(library.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3
+        return getattr(library, question)(gpu)
     except library.NVMLError:
         return None
 

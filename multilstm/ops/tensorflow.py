@@ -320,8 +320,7 @@ def _cross_entropy(
         )
 
         def gradient(upstream: Any) -> tuple[Any, ...]:
-            # The kept ones reach the number of words: too much for float16.
-            if len(starts) > 1 or features.dtype == tf.float16:
+            if exponentials is None:
                 return _gradients_of_chunks(
                     features, kernel, bias, targets, starts, log_total, upstream
                 )
@@ -352,10 +351,12 @@ def _read_chunks(
             total += tf.reduce_sum(exponentials, 1)
             largest = new_largest
     log_total = largest + tf.math.log(total)
-    if len(starts) == 1:
-        with tf.control_dependencies([total]):
-            exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
-        exponentials = tf.cast(exponentials, features.dtype)
+    # They reach the number of words: too much for float16.
+    if len(starts) > 1 or features.dtype == tf.float16:
+        return total, log_total, chosen, None
+    with tf.control_dependencies([total]):
+        exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
+    exponentials = tf.cast(exponentials, features.dtype)
     return total, log_total, chosen, exponentials
 
 
