@@ -4,6 +4,8 @@ A framework may divide the CPU only before it computes anything. The arguments
 are a folder with the corpus `letters`, beside which the runs go, and which.
 """
 
+import atexit
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +91,17 @@ RUNS = {
 }
 
 
+def check_group_has_ended() -> None:
+    """Else PyTorch may abort the process, now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        os.write(2, b"the process group is still there at exit")
+        os._exit(1)
+
+
 def main() -> None:
     """The runs that were asked for, on two devices."""
+    atexit.register(check_group_has_ended)  # called last, as it is the first
     define_presets()
     root = Path(sys.argv[1])
     settings = {"corpus": root / "letters", "progress": False, "devices": 2}

@@ -3,6 +3,7 @@
 `torchrun` does, on several hosts too; `multilstm train --devices` on one.
 """
 
+import atexit
 import os
 from typing import Any
 
@@ -30,6 +31,10 @@ class _Processes(parallel.Devices):
         if not dist.is_initialized():
             on_gpu = self.device.type == "cuda"
             dist.init_process_group("nccl" if on_gpu else "gloo")
+            if not on_gpu:
+                # gloo's threads may outlive Python, which then aborts: 11 of
+                # 204 processes did. (NCCL's would wait for one that is lost.)
+                atexit.register(_end_group)
         self.rank = dist.get_rank()
         self.count = self.num_processes = self.num_parts = dist.get_world_size()
 
@@ -57,6 +62,11 @@ class _Processes(parallel.Devices):
         parts = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(parts, mine)
         return torch.stack(parts).cpu().numpy()
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def use_devices(count: int | None) -> parallel.Devices:
