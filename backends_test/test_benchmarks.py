@@ -163,7 +163,7 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],
-        ["best-torch"],
+        ["best-torch", "awd-torch"],
     ]
     assert commands["adam_512-jax"][0] == "a"
     for name in ("adam_512-jax", "awd_adam-torch", "best-torch"):

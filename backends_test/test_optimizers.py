@@ -1,10 +1,12 @@
 """Optimizers with L2 and averages, against the formulas in NumPy."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
 
-from multilstm import LanguageModel, ops
+from multilstm import LanguageModel, UserError, ops
 from multilstm.optimizers import SGD, Adam
 
 # float32.
@@ -87,16 +89,20 @@ def test_optimizers_are_fused(make):
     assert "_backend_apply_gradients" in vars(optimizer)
 
 
+# How much each of three steps counts, by hand: k (k + 1) ... (k + power - 1).
+@pytest.mark.parametrize(
+    ("power", "shares"), [(0, [1, 1, 1]), (1, [1, 2, 3]), (3, [6, 24, 60])]
+)
 @pytest.mark.parametrize("make", [SGD, Adam])
 def test_average_is_the_mean_of_all_weights_since(
-    make, start, gradients, prepare
+    make, power, shares, start, gradients, prepare
 ):
-    optimizer = prepare(make(0.5, averages=True))
+    optimizer = prepare(make(0.5, averages=True, averaging_power=power))
     variable = keras.Variable(start)
     optimizer.build([variable])
     reached = []
     for step, gradient in enumerate(gradients):
-        if step == 2:
+        if step == 1:
             assert not optimizer.has_averages
             optimizer.start_averaging()
         gradient = keras.ops.convert_to_tensor(gradient, "float32")
@@ -105,7 +111,9 @@ def test_average_is_the_mean_of_all_weights_since(
     assert optimizer.has_averages
     with optimizer.averaged_weights():
         np.testing.assert_allclose(
-            numpy(variable), np.mean(reached[2:], axis=0), **CLOSE
+            numpy(variable),
+            np.average(reached[1:], axis=0, weights=shares),
+            **CLOSE,
         )
     np.testing.assert_array_equal(numpy(variable), reached[-1])
 
@@ -176,13 +184,24 @@ def test_steps_that_only_accumulate_are_not_averaged(start, gradients):
 
 
 def test_settings_survive_the_configuration():
-    settings = {"l2": 0.1, "averages": True, "global_clipnorm": 0.5}
+    settings = {
+        "l2": 0.1,
+        "averages": True,
+        "averaging_power": 2.0,
+        "global_clipnorm": 0.5,
+    }
     optimizer = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(SGD(0.25, **settings))
     )
     assert isinstance(optimizer, SGD)
     config = optimizer.get_config()
     assert {name: config[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("power", [-1.0, math.nan])
+def test_power_of_an_average_is_no_less_than_that_of_a_mean(power):
+    with pytest.raises(UserError, match=rf"0, .* or more; received {power}"):
+        SGD(0.5, averages=True, averaging_power=power)
 
 
 def test_averages_grow_in_the_step_that_fit_compiles(rng):

@@ -877,7 +877,9 @@ def test_later_epochs_compile_no_step_anew(preset, train, monkeypatch):
 
 
 def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
-    preset = replace(PRESETS["tiny_awd"], averaging="always")
+    preset = replace(
+        PRESETS["tiny_awd"], averaging="always", averaging_power=2.0
+    )
     monkeypatch.setitem(PRESETS, "tiny_awd", preset)
     kept = []
     start = training_module.make_optimizer
@@ -889,6 +891,7 @@ def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
     monkeypatch.setattr(training_module, "make_optimizer", make)
     result = train(preset="tiny_awd", epochs=1)
     [optimizer] = kept
+    assert optimizer.averaging_power == 2.0
     [row] = result["history"]
     assert row["averaged_steps"] == int(optimizer.num_averaged) > 5
     model, _, config = load_run(result["run"])

@@ -44,6 +44,10 @@ AVERAGES = {"averaging": "triggered", "learning_rate_decay": 1.0}
 CHANGES = {
     "base": {},
     "rows rotated": {"rotates_rows": True},
+    "best": {
+        name: getattr(PRESETS["best"], name)
+        for name in ("rotates_rows", "averaging", "averaging_power")
+    },
     "no weight dropout": {"weight_dropout": 0.0},
     "no embedding dropout": {"embedding_dropout": 0.0},
     "no AR, no TAR": {

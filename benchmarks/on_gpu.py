@@ -5,8 +5,9 @@
 
 In this order: `zaremba_medium`; `awd_adam`; recorded steps of PyTorch;
 `adam_512` on each backend, for the time to its perplexity; training steps of
-all backends; `best`, for as many epochs as there is time. In a quarter of an
-hour there is time for `--only zaremba_medium-torch awd_adam-torch best-torch`.
+all backends; `best` and `awd` side by side, at equal compute, for as many
+epochs as there is time. In a quarter of an hour there is time for `--only
+zaremba_medium-torch best-torch awd-torch`.
 The corpus is Penn Treebank, from MULTILSTM_DATA or by download. What fails is
 told and the rest goes on; logs and run folders are in FOLDER, and what is there
 already is gone on from.
@@ -79,7 +80,7 @@ def tasks(
         *("--out", str(out / "lstm-step.json")),
     )
     yield 300, [Task("lstm-step", command)]
-    yield float("inf"), [training("best", first)]
+    yield float("inf"), [training("best", first), training("awd", first)]
 
 
 def run(group: Sequence[Task], seconds: float, out: Path) -> None:

@@ -816,6 +816,7 @@ def make_optimizer(preset: Preset) -> Any:
         "global_clipnorm": preset.clip_norm_of_mean(),
         "l2": preset.l2_of_mean(),
         "averages": preset.averaging != "never",
+        "averaging_power": preset.averaging_power,
     }
     if preset.gradient_accumulation_steps > 1:
         steps = preset.gradient_accumulation_steps

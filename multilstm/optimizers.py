@@ -5,7 +5,8 @@
 Keras's `weight_decay` is decoupled: it shrinks the weights themselves, by the
 learning rate, before the step. The recipes of PyTorch's time add `l2 * weight`
 to the gradient, after clipping. Its `use_ema` forgets exponentially, where
-averaged SGD takes the mean of all weights since a certain step.
+averaged SGD takes the mean of all weights since a certain step, or one in
+which a weight counts the more the later it is.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from multilstm.errors import UserError
 from multilstm.ops import add_gradients
 
 # For each thread: TensorFlow traces the step of each device in one of its own.
@@ -26,11 +28,22 @@ class _Extras(keras.optimizers.Optimizer):
     """What both optimizers add to Keras's, of which they are made too."""
 
     def __init__(
-        self, *args: Any, l2: float = 0.0, averages: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        l2: float = 0.0,
+        averages: bool = False,
+        averaging_power: float = 0.0,
+        **kwargs: Any,
     ) -> None:
+        if not averaging_power >= 0:
+            raise UserError(
+                "`averaging_power` must be 0, for a plain mean, or more; "
+                f"received {averaging_power!r}."
+            )
         super().__init__(*args, **kwargs)
         self.l2 = l2
         self.averages = averages
+        self.averaging_power = averaging_power
 
     def build(self, variables: list[Any]) -> None:
         """As Keras's, with a place for the averages."""
@@ -116,7 +129,11 @@ class _Extras(keras.optimizers.Optimizer):
             has_moved = ops.equal(self._iterations % steps, 0)
             is_averaging = is_averaging * ops.cast(has_moved, "float32")
         self.num_averaged.assign(self.num_averaged + is_averaging)
-        share = is_averaging / ops.maximum(self.num_averaged, 1.0)
+        num_averaged = ops.maximum(self.num_averaged, 1.0)
+        share = (self.averaging_power + 1) / (
+            self.averaging_power + num_averaged
+        )
+        share = is_averaging * share
         pairs = zip(self._trainable_variables, self.averages_of, strict=True)
         for variable, average in pairs:
             difference = ops.subtract(variable, average)
@@ -124,8 +141,12 @@ class _Extras(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """As Keras's."""
-        own = {"l2": self.l2, "averages": self.averages}
-        return {**super().get_config(), **own}
+        return {
+            **super().get_config(),
+            "l2": self.l2,
+            "averages": self.averages,
+            "averaging_power": self.averaging_power,
+        }
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -137,11 +158,18 @@ class SGD(_Extras, keras.optimizers.SGD):
         l2: Times a weight it is added to its gradient, after clipping.
         averages: Whether there is room for averages; they begin with
             `start_averaging()`.
+        averaging_power: The weights after step t, counted from there, count
+            as t to this power does, about: 0 is the mean of all of them, with
+            8 those of the last tenth count for more than half.
         **kwargs: Of `keras.optimizers.SGD`.
+
+    Raises:
+        UserError: If `averaging_power` is below 0.
 
     Reference:
         Polyak and Juditsky, 1992; as Merity et al., 2018, arXiv:1708.02182,
-        section 3, use it.
+        section 3, use it. With a power, polynomial-decay averaging: Shamir
+        and Zhang, 2013, arXiv:1212.1824.
     """
 
 
@@ -153,5 +181,6 @@ class Adam(_Extras, keras.optimizers.Adam):
         *args: Of `keras.optimizers.Adam`.
         l2: As `SGD` has it.
         averages: As `SGD` has it.
+        averaging_power: As `SGD` has it.
         **kwargs: Of `keras.optimizers.Adam`.
     """

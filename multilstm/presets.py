@@ -73,7 +73,9 @@ class Preset:
         averaging: Of the weights, from where it is evaluated: `"never"`,
             `"always"` or `"triggered"`, from when the validation perplexity
             is above what it was `non_monotone` epochs before or earlier.
-        non_monotone: See there.
+        averaging_power: How much later weights count for more in the
+            average, see `multilstm.optimizers.SGD`.
+        non_monotone: See `averaging`.
         stops_non_monotone: Whether training ends where that triggers.
         starts_from: Preset whose best weights it begins with, or None.
         epochs: Passes over the training text.
@@ -117,6 +119,7 @@ class Preset:
     loss: LossKind = "mean"
     gradient_accumulation_steps: int = 1
     averaging: Averaging = "never"
+    averaging_power: float = 0.0
     non_monotone: int = 5
     stops_non_monotone: bool = False
     starts_from: str | None = None
@@ -501,13 +504,16 @@ _PRESETS = (
     Preset(
         name="best",
         source=(
-            "ours: awd with rows that begin at another place in each epoch "
-            "(Press, 2019, 'Partially shuffling the training data to improve "
-            "language models', arXiv:1903.04167), at the same compute"
+            "ours: awd, at the same compute, with rows that begin at another "
+            "place in each epoch (Press, 2019, 'Partially shuffling the "
+            "training data to improve language models', arXiv:1903.04167) and "
+            "averages from the first step on in which later weights count for "
+            "more (Shamir and Zhang, 2013, arXiv:1212.1824)"
         ),
         **_AWD,
         rotates_rows=True,
-        averaging="triggered",
+        averaging="always",
+        averaging_power=4.0,
     ),
     Preset(
         name="awd_adam",
