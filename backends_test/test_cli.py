@@ -538,6 +538,8 @@ def test_presets_are_listed_with_their_sources(command):
     assert [row["preset"] for row in rows] == list(PRESETS)
     text = "\n".join(lines)
     assert "60.7 / 58.8" in text
+    # A table of 80 columns has their names whole.
+    assert all(f" {name} " in text for name in PRESETS)
     assert "arXiv:1708.02182" in text
     assert "`multilstm choose --preset NAME` measures it" in text
     status, _, err = command("presets", "--tokens", 0)

@@ -727,9 +727,9 @@ def run_presets(options: Presets, console: Console) -> dict[str, Any]:
             )
     rows = describe_presets(options.vocabulary_size, options.tokens)
     table = Table(title="perplexity, valid / test (PTB; small: python-docs)")
-    for heading in ("preset", "weights", "epochs", "published", "measured"):
+    table.add_column("preset", no_wrap=True)  # as --preset takes it
+    for heading in ("weights", "epochs", "published", "measured", "time here"):
         table.add_column(heading)
-    table.add_column("time here")
     for row in rows:
         table.add_row(
             row["preset"],
@@ -737,7 +737,7 @@ def run_presets(options: Presets, console: Console) -> dict[str, Any]:
             str(row["epochs"]),
             _pair(row["published_valid"], row["published_test"]),
             "\n".join(
-                f"{_pair(m['valid'], m['test'])} ({m['backend']})"
+                f"{m['valid']:.1f} / {m['test']:.1f} ({m['backend']})"
                 for m in row["measured"]
             )
             or "-",
