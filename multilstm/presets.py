@@ -513,7 +513,7 @@ _PRESETS = (
         **_AWD,
         rotates_rows=True,
         averaging="always",
-        averaging_power=4.0,
+        averaging_power=2.0,
     ),
     Preset(
         name="awd_adam",
