@@ -129,10 +129,8 @@ class _Extras(keras.optimizers.Optimizer):
             has_moved = ops.equal(self._iterations % steps, 0)
             is_averaging = is_averaging * ops.cast(has_moved, "float32")
         self.num_averaged.assign(self.num_averaged + is_averaging)
-        num_averaged = ops.maximum(self.num_averaged, 1.0)
-        share = (self.averaging_power + 1) / (
-            self.averaging_power + num_averaged
-        )
+        power = self.averaging_power
+        share = (power + 1) / (power + ops.maximum(self.num_averaged, 1.0))
         share = is_averaging * share
         pairs = zip(self._trainable_variables, self.averages_of, strict=True)
         for variable, average in pairs:
