@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
 LARGE_VOCABULARY = SCRIPT.with_name("large_vocabulary.py")
 ON_GPU = SCRIPT.with_name("on_gpu.py")
+LAYERS_AT_ONCE = SCRIPT.with_name("layers_at_once.py")
 
 
 def run(*arguments, script=SCRIPT):
@@ -160,6 +161,7 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["zaremba_medium-torch"],
         ["awd_adam-torch"],
         ["recorded-steps"],
+        ["layers-at-once"],
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],
@@ -170,3 +172,19 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         preset = name.rpartition("-")[0]
         assert commands[name][commands[name].index("--preset") + 1] == preset
         assert "--resume" in commands[name]  # begins where there is none
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="it has PyTorch's streams"
+)
+def test_layers_in_chunks_give_what_whole_ones_give(tmp_path):
+    out = tmp_path / "result.json"
+    sizes = ["--chunks", "1", "3", "--steps", "1", "--rounds", "1"]
+    arguments = ["--presets", "zaremba_small", *sizes, "--out", out]
+    done = run(*arguments, script=LAYERS_AT_ONCE)
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(out.read_text())["results"]
+    assert set(found["ms"]) == {"1", "3"}
+    # Sums over 20 steps instead of 7, 7 and 6, in float32.
+    assert found["largest_difference"] < 1e-5

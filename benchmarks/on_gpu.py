@@ -3,11 +3,11 @@
     python benchmarks/on_gpu.py --minutes 14 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: `zaremba_medium`; `awd_adam`; recorded steps of PyTorch;
-`adam_512` on each backend, for the time to its perplexity; training steps of
-all backends; `best` and `awd` side by side, at equal compute, for as many
-epochs as there is time. In a quarter of an hour there is time for `--only
-zaremba_medium-torch best-torch awd-torch`.
+In this order: `zaremba_medium`; `awd_adam`; recorded steps of PyTorch, and
+layers that run at once; `adam_512` on each backend, for the time to its
+perplexity; training steps of all backends; `best` and `awd` side by side, at
+equal compute, for as many epochs as there is time. Next in a quarter of an
+hour: `--only layers-at-once best-torch awd-torch`.
 The corpus is Penn Treebank, from MULTILSTM_DATA or by download. What fails is
 told and the rest goes on; logs and run folders are in FOLDER, and what is there
 already is gone on from.
@@ -62,13 +62,11 @@ def tasks(
     yield 420, [training("zaremba_medium", first)]
     yield 420, [training("awd_adam", first)]
     if "torch" in pythons:
-        script = str(HERE / "recorded_steps.py")
-        result = str(out / "recorded-steps.json")
-        command = (str(pythons["torch"]), script, "--out", result)
-        yield (
-            90,
-            [Task("recorded-steps", command, {"KERAS_BACKEND": "torch"})],
-        )
+        for name in ("recorded-steps", "layers-at-once"):
+            script = HERE / f"{name.replace('-', '_')}.py"
+            result = str(out / f"{name}.json")
+            command = (str(pythons["torch"]), str(script), "--out", result)
+            yield 90, [Task(name, command, {"KERAS_BACKEND": "torch"})]
     for backend in pythons:
         yield 150, [training("adam_512", backend)]
     named = [f"--python={name}={path}" for name, path in pythons.items()]

@@ -588,6 +588,7 @@ MEASURED: dict[str, tuple[Measured, ...]] = {
         torch=(116.67, 114.38, 51.9),
         tensorflow=(118.19, 114.07, 46.8),
     ),
+    "zaremba_medium": _measured("NVIDIA H200", torch=(87.88, 83.93, 3.2)),
     "adam_512": _measured(
         "NVIDIA H200",
         torch=(74.11, 71.91, 0.5),
