@@ -1,6 +1,7 @@
 """Optimizers with L2 and averages, against the formulas in NumPy."""
 
 import math
+import re
 
 import keras
 import numpy as np
@@ -118,6 +119,27 @@ def test_average_is_the_mean_of_all_weights_since(
     np.testing.assert_array_equal(numpy(variable), reached[-1])
 
 
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_averages_of_several_powers_are_those_of_each(
+    make, start, gradients, prepare
+):
+    def run(power):
+        optimizer = prepare(make(0.5, averages=True, averaging_power=power))
+        variable = keras.Variable(start)
+        optimizer.build([variable])
+        optimizer.start_averaging()
+        for gradient in gradients:
+            gradient = keras.ops.convert_to_tensor(gradient, "float32")
+            optimizer.apply([gradient], [variable])
+        for place in range(len(optimizer.averaging_powers)):
+            with optimizer.averaged_weights(place):
+                yield numpy(variable)
+
+    both = list(run([1, 3]))
+    np.testing.assert_array_equal(both, [*run(1), *run(3)])
+    assert (both[0] != both[1]).all()
+
+
 def test_weights_come_back_after_an_exception(start):
     optimizer = SGD(0.5, averages=True)
     run(optimizer, np.ones((1, 3, 2)), start)
@@ -179,7 +201,7 @@ def test_steps_that_only_accumulate_are_not_averaged(start, gradients):
         reached.append(numpy(variable))
     assert float(optimizer.num_averaged) == 2
     expected = np.mean([reached[1], reached[3]], axis=0)
-    [average] = optimizer.averages_of
+    [[average]] = optimizer.averages_of
     np.testing.assert_allclose(numpy(average), expected, **CLOSE)
 
 
@@ -187,7 +209,7 @@ def test_settings_survive_the_configuration():
     settings = {
         "l2": 0.1,
         "averages": True,
-        "averaging_power": 2.0,
+        "averaging_power": [2.0],
         "global_clipnorm": 0.5,
     }
     optimizer = keras.saving.deserialize_keras_object(
@@ -198,10 +220,13 @@ def test_settings_survive_the_configuration():
     assert {name: config[name] for name in settings} == settings
 
 
-@pytest.mark.parametrize("power", [-1.0, math.nan])
+@pytest.mark.parametrize("power", [-1.0, math.nan, [2.0, -1.0]])
 def test_power_of_an_average_is_no_less_than_that_of_a_mean(power):
-    with pytest.raises(UserError, match=rf"0, .* or more; received {power}"):
+    said = re.escape(f"received {power}")
+    with pytest.raises(UserError, match=rf"0, .* or more, .*; {said}"):
         SGD(0.5, averages=True, averaging_power=power)
+    with pytest.raises(UserError, match=r"received \[\]"):
+        SGD(0.5, averages=True, averaging_power=[])
 
 
 def test_averages_grow_in_the_step_that_fit_compiles(rng):

@@ -878,7 +878,7 @@ def test_later_epochs_compile_no_step_anew(preset, train, monkeypatch):
 
 def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
     preset = replace(
-        PRESETS["tiny_awd"], averaging="always", averaging_power=2.0
+        PRESETS["tiny_awd"], averaging="always", averaging_power=[2.0]
     )
     monkeypatch.setitem(PRESETS, "tiny_awd", preset)
     kept = []
@@ -891,12 +891,12 @@ def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
     monkeypatch.setattr(training_module, "make_optimizer", make)
     result = train(preset="tiny_awd", epochs=1)
     [optimizer] = kept
-    assert optimizer.averaging_power == 2.0
+    assert optimizer.averaging_powers == (2.0,)
     [row] = result["history"]
     assert row["averaged_steps"] == int(optimizer.num_averaged) > 5
     model, _, config = load_run(result["run"])
     for weight, average in zip(
-        model.weights, optimizer.averages_of, strict=True
+        model.weights, optimizer.averages_of[0], strict=True
     ):
         np.testing.assert_array_equal(
             keras.ops.convert_to_numpy(weight),
@@ -904,6 +904,41 @@ def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
         )
     valid = evaluate(model, load_run_corpus(config).valid).perplexity
     assert row["valid_perplexity"] == pytest.approx(valid, rel=1e-5)
+
+
+@pytest.mark.parametrize("powers", [(0.0, 60.0), (60.0, 0.0)])
+def test_of_several_averages_the_best_is_taken(powers, train, monkeypatch):
+    preset = replace(
+        PRESETS["tiny_awd"], averaging="always", averaging_power=powers
+    )
+    monkeypatch.setitem(PRESETS, "tiny_awd", preset)
+    kept = []
+    make_optimizer = training_module.make_optimizer
+
+    def make(plan):
+        kept.append(make_optimizer(plan))
+        return kept[0]
+
+    monkeypatch.setattr(training_module, "make_optimizer", make)
+    result = train(preset="tiny_awd", epochs=1)
+    [row] = result["history"]
+    model, _, config = load_run(result["run"])
+    valid = load_run_corpus(config).valid
+    assert row["valid_perplexity"] == pytest.approx(
+        evaluate(model, valid).perplexity, rel=1e-5
+    )
+    [optimizer] = kept
+    of_each = []
+    for averages in optimizer.averages_of:
+        for weight, average in zip(model.weights, averages, strict=True):
+            weight.assign(keras.ops.convert_to_numpy(average))
+        of_each.append(evaluate(model, valid).perplexity)
+    # The mean of all weights since the start is far behind.
+    assert max(of_each) > 1.005 * min(of_each)
+    assert row["valid_perplexity"] == pytest.approx(min(of_each), rel=1e-5)
+    assert row["averaging_power"] == powers[np.argmin(of_each)] == 60.0
+    chosen = result["protocol"]["tuned"]["what"]
+    assert "which average is evaluated and kept" in chosen
 
 
 def test_averaging_begins_where_the_validation_is_not_monotone(

@@ -11,6 +11,7 @@ in NumPy, apart from the optimizer's own.
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from multilstm.files import write_json
 from multilstm.model import make_optimizer
 from multilstm.runs import describe_environment
 
-POWERS = (2, 4, 8)
 AFTER_A_STALL = "mean since valid stalled"
 
 
@@ -51,9 +51,9 @@ class Average:
 class Averages(keras.callbacks.Callback):
     """The averages that have begun, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, powers: Iterable[float]) -> None:
         super().__init__()
-        self.all = {f"power {power}": Average(power) for power in POWERS}
+        self.all = {f"power {power:g}": Average(power) for power in powers}
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         weights = read(self.model)
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=48)
     parser.add_argument("--train-tokens", type=int, default=100_000)
     parser.add_argument("--every", type=int, default=4, help="epochs")
+    parser.add_argument("--powers", nargs="*", type=float, default=[2, 4, 8])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rotates-rows", action="store_true")
     options = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> None:
     model.build((plan.batch_size, plan.sequence_length))
     model.compile(make_optimizer(plan))
     evaluate = Evaluator(model)
-    averages = Averages()
+    averages = Averages(options.powers)
     plain: list[float] = []
     rows: dict[str, dict[str, Any]] = {}
 

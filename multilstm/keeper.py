@@ -183,14 +183,19 @@ class Keeper(keras.callbacks.Callback):
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer
         rate = _number(optimizer.learning_rate)
-        with optimizer.averaged_weights():
-            valid = self._evaluate()
-            if not math.isfinite(valid):
-                self._stop_diverged("its validation", valid)
-            self.folder.wait_for_checkpoint()  # none is two epochs behind
-            best = min(self.valid_perplexities, default=math.inf)
-            if valid < min(best, self.start_perplexity):
-                self._save_best(epoch + 1, valid)
+        best = min([self.start_perplexity, *self.valid_perplexities])
+        valid, power = math.inf, 0.0
+        powers = optimizer.averaging_powers
+        for place in range(len(powers) if optimizer.has_averages else 1):
+            with optimizer.averaged_weights(place):
+                perplexity = self._evaluate()
+                if not math.isfinite(perplexity):
+                    self._stop_diverged("its validation", perplexity)
+                self.folder.wait_for_checkpoint()  # none is two epochs behind
+                if perplexity < min(best, valid):
+                    self._save_best(epoch + 1, perplexity)
+            if perplexity < valid:
+                valid, power = perplexity, powers[place]
         row = {
             "epoch": epoch + 1,
             "train_perplexity": self._train_perplexity(),
@@ -201,6 +206,8 @@ class Keeper(keras.callbacks.Callback):
         }
         if self.plan.averaging != "never":
             row["averaged_steps"] = _number(optimizer.num_averaged)
+            if len(powers) > 1:
+                row["averaging_power"] = power
         # For the progress bar; that of fit is of this process alone.
         logs.update(row, perplexity=row["train_perplexity"])
         self.history.append(row)

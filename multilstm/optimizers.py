@@ -6,10 +6,10 @@ Keras's `weight_decay` is decoupled: it shrinks the weights themselves, by the
 learning rate, before the step. The recipes of PyTorch's time add `l2 * weight`
 to the gradient, after clipping. Its `use_ema` forgets exponentially, where
 averaged SGD takes the mean of all weights since a certain step, or one in
-which a weight counts the more the later it is.
+which a weight counts the more the later it is, or several of those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -32,18 +32,24 @@ class _Extras(keras.optimizers.Optimizer):
         *args: Any,
         l2: float = 0.0,
         averages: bool = False,
-        averaging_power: float = 0.0,
+        averaging_power: float | Sequence[float] = 0.0,
         **kwargs: Any,
     ) -> None:
-        if not averaging_power >= 0:
+        powers = (
+            averaging_power
+            if isinstance(averaging_power, Sequence)
+            else [averaging_power]
+        )
+        if not powers or not all(power >= 0 for power in powers):
             raise UserError(
-                "`averaging_power` must be 0, for a plain mean, or more; "
-                f"received {averaging_power!r}."
+                "`averaging_power` must be 0, for a plain mean, or more, or "
+                "several such numbers, for as many averages; received "
+                f"{averaging_power!r}."
             )
         super().__init__(*args, **kwargs)
         self.l2 = l2
         self.averages = averages
-        self.averaging_power = averaging_power
+        self.averaging_powers = tuple(powers)
 
     def build(self, variables: list[Any]) -> None:
         """As Keras's, with a place for the averages."""
@@ -58,8 +64,11 @@ class _Extras(keras.optimizers.Optimizer):
             for name in ("num_averaged", "is_averaging")
         )
         self.averages_of = [
-            self.add_variable_from_reference(variable, name="average")
-            for variable in variables
+            [
+                self.add_variable_from_reference(variable, name="average")
+                for variable in variables
+            ]
+            for _ in self.averaging_powers
         ]
 
     def start_averaging(self) -> None:
@@ -74,8 +83,12 @@ class _Extras(keras.optimizers.Optimizer):
         return bool(ops.convert_to_numpy(self.num_averaged) > 0)
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Puts the averages into the weights, where there are any."""
+    def averaged_weights(self, place: int = 0) -> Iterator[None]:
+        """Puts averages into the weights, where there are any.
+
+        Args:
+            place: That of their power in `averaging_powers`.
+        """
         if not self.has_averages:
             yield
             return
@@ -83,8 +96,10 @@ class _Extras(keras.optimizers.Optimizer):
             ops.convert_to_numpy(variable).copy()
             for variable in self._trainable_variables
         ]
-        pairs = zip(self._trainable_variables, self.averages_of, strict=True)
-        for variable, average in pairs:
+        averages = self.averages_of[place]
+        for variable, average in zip(
+            self._trainable_variables, averages, strict=True
+        ):
             variable.assign(ops.convert_to_numpy(average).copy())
         try:
             yield
@@ -129,13 +144,16 @@ class _Extras(keras.optimizers.Optimizer):
             has_moved = ops.equal(self._iterations % steps, 0)
             is_averaging = is_averaging * ops.cast(has_moved, "float32")
         self.num_averaged.assign(self.num_averaged + is_averaging)
-        power = self.averaging_power
-        share = (power + 1) / (power + ops.maximum(self.num_averaged, 1.0))
-        share = is_averaging * share
-        pairs = zip(self._trainable_variables, self.averages_of, strict=True)
-        for variable, average in pairs:
-            difference = ops.subtract(variable, average)
-            average.assign_add(difference * ops.cast(share, average.dtype))
+        number = ops.maximum(self.num_averaged, 1.0)
+        for power, averages in zip(
+            self.averaging_powers, self.averages_of, strict=True
+        ):
+            share = is_averaging * (power + 1) / (power + number)
+            for variable, average in zip(
+                self._trainable_variables, averages, strict=True
+            ):
+                difference = ops.subtract(variable, average)
+                average.assign_add(difference * ops.cast(share, average.dtype))
 
     def get_config(self) -> dict[str, Any]:
         """As Keras's."""
@@ -143,7 +161,7 @@ class _Extras(keras.optimizers.Optimizer):
             **super().get_config(),
             "l2": self.l2,
             "averages": self.averages,
-            "averaging_power": self.averaging_power,
+            "averaging_power": list(self.averaging_powers),
         }
 
 
@@ -158,11 +176,12 @@ class SGD(_Extras, keras.optimizers.SGD):
             `start_averaging()`.
         averaging_power: The weights after step t, counted from there, count
             as t to this power does, about: 0 is the mean of all of them, with
-            8 those of the last tenth count for more than half.
+            8 those of the last tenth count for more than half. Several
+            numbers: as many averages, see `averaged_weights`.
         **kwargs: Of `keras.optimizers.SGD`.
 
     Raises:
-        UserError: If `averaging_power` is below 0.
+        UserError: If an `averaging_power` is below 0, or there is none.
 
     Reference:
         Polyak and Juditsky, 1992; as Merity et al., 2018, arXiv:1708.02182,

@@ -74,7 +74,8 @@ class Preset:
             `"always"` or `"triggered"`, from when the validation perplexity
             is above what it was `non_monotone` epochs before or earlier.
         averaging_power: How much later weights count for more in the
-            average, see `multilstm.optimizers.SGD`.
+            average, see `multilstm.optimizers.SGD`; of several averages the
+            one with the lowest validation perplexity is taken in each epoch.
         non_monotone: See `averaging`.
         stops_non_monotone: Whether training ends where that triggers.
         starts_from: Preset whose best weights it begins with, or None.
@@ -119,7 +120,7 @@ class Preset:
     loss: LossKind = "mean"
     gradient_accumulation_steps: int = 1
     averaging: Averaging = "never"
-    averaging_power: float = 0.0
+    averaging_power: float | Sequence[float] = 0.0
     non_monotone: int = 5
     stops_non_monotone: bool = False
     starts_from: str | None = None
@@ -507,13 +508,14 @@ _PRESETS = (
             "ours: awd, at the same compute, with rows that begin at another "
             "place in each epoch (Press, 2019, 'Partially shuffling the "
             "training data to improve language models', arXiv:1903.04167) and "
-            "averages from the first step on in which later weights count for "
-            "more (Shamir and Zhang, 2013, arXiv:1212.1824)"
+            "two averages from the first step on in which later weights count "
+            "for more (Shamir and Zhang, 2013, arXiv:1212.1824), the better "
+            "one of which is taken"
         ),
         **_AWD,
         rotates_rows=True,
         averaging="always",
-        averaging_power=2.0,
+        averaging_power=(2.0, 16.0),
     ),
     Preset(
         name="awd_adam",
