@@ -45,14 +45,23 @@ def test_what_is_loaded_would_be_seen():
     assert loaded_by("import sys; sys.modules['jax'] = sys") == {"jax"}
 
 
-def test_help_loads_no_framework():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--help"],
+        ["presets"],
+        ["corpus", "python-docs"],
+        ["report", "nothing.json"],
+    ],
+)
+def test_command_that_needs_no_framework_loads_none(command):
     code = (
         "import runpy, sys\n"
-        "sys.argv = ['multilstm', 'train', '--help']\n"
+        f"sys.argv = ['multilstm', *{command}]\n"
         "try:\n"
         "    runpy.run_module('multilstm', run_name='__main__')\n"
         "except SystemExit as end:\n"
-        "    assert not end.code\n"
+        f"    assert bool(end.code) == {'nothing.json' in command}\n"
     )
     assert loaded_by(code) == set()
 

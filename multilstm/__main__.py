@@ -759,7 +759,7 @@ def _pair(valid: float | None, test: float | None) -> str:
 
 
 def _time_here(row: dict[str, Any]) -> str:
-    from multilstm.progress import clock
+    from multilstm.clock import clock
 
     if row["seconds"] is None:
         return "-"

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from multilstm.clock import clock
+
 _SECONDS_BETWEEN_UPDATES = 0.25
 _EPOCH_SUMMARY = {
     "perplexity": "perplexity train {:.2f}",
@@ -188,19 +190,6 @@ def _batches_done(callback: keras.callbacks.Callback, batch: int) -> int:
     """
     num_batches = (callback.params or {}).get("steps")
     return min(batch + 1, num_batches or batch + 1)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a clock shows them.
-
-    >>> clock(59), clock(3661)
-    ('0:59', '1:01:01')
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{seconds:02}"
-    return f"{minutes}:{seconds:02}"
 
 
 def _ms(seconds: NDArray[Any] | float) -> float:
