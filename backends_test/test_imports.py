@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 import multilstm
@@ -43,6 +44,27 @@ def test_import_loads_no_framework(code):
 
 def test_what_is_loaded_would_be_seen():
     assert loaded_by("import sys; sys.modules['jax'] = sys") == {"jax"}
+
+
+def test_backend_that_is_not_installed_is_told_in_a_line():
+    here = keras.config.backend()
+    absent = next(name for name in ("tensorflow", "jax") if name != here)
+    code = (
+        "import os, sys\n"
+        f"os.environ['KERAS_BACKEND'] = {absent!r}\n"
+        f"sys.modules[{absent!r}] = None\n"
+        "from multilstm import LanguageModel\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("multilstm.errors.UserError: Keras needs"), said
+    assert f"; {absent} is not installed. " in said
+    assert re.search(rf"Set KERAS_BACKEND to .*\b{here}\b", said), said
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,34 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
-        return getattr(module, name)
+        return getattr(_load(_HOME[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _load(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load(name: str) -> Any:
+    """A module of ours, which may be the first to import Keras."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        from multilstm.errors import UserError
+        from multilstm.selection import BACKENDS, is_installed
+
+        absent = (error.name or "").partition(".")[0]
+        if absent not in BACKENDS:
+            raise
+        others = [backend for backend in BACKENDS if is_installed(backend)]
+        raise UserError(
+            "Keras needs the framework that KERAS_BACKEND or its keras.json "
+            f"names, or tensorflow; {absent} is not installed. "
+            + (
+                f"Set KERAS_BACKEND to {' or '.join(others)} before Python "
+                "starts or first imports Keras."
+                if others
+                else f"Install it with: pip install {absent}"
+            )
+        ) from error
 
 
 def __dir__() -> list[str]:
