@@ -876,21 +876,29 @@ def test_later_epochs_compile_no_step_anew(preset, train, monkeypatch):
 # What published recipes need
 
 
-def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
+@pytest.fixture
+def optimizers(monkeypatch):
+    """Those that runs make, in order."""
+    made = []
+    make = training_module.make_optimizer
+
+    def make_and_keep(plan):
+        made.append(make(plan))
+        return made[-1]
+
+    monkeypatch.setattr(training_module, "make_optimizer", make_and_keep)
+    return made
+
+
+def test_averages_are_what_is_evaluated_and_kept(
+    train, optimizers, monkeypatch
+):
     preset = replace(
         PRESETS["tiny_awd"], averaging="always", averaging_power=[2.0]
     )
     monkeypatch.setitem(PRESETS, "tiny_awd", preset)
-    kept = []
-    start = training_module.make_optimizer
-
-    def make(plan):
-        kept.append(start(plan))
-        return kept[0]
-
-    monkeypatch.setattr(training_module, "make_optimizer", make)
     result = train(preset="tiny_awd", epochs=1)
-    [optimizer] = kept
+    [optimizer] = optimizers
     assert optimizer.averaging_powers == (2.0,)
     [row] = result["history"]
     assert row["averaged_steps"] == int(optimizer.num_averaged) > 5
@@ -907,19 +915,13 @@ def test_averages_are_what_is_evaluated_and_kept(train, monkeypatch):
 
 
 @pytest.mark.parametrize("powers", [(0.0, 60.0), (60.0, 0.0)])
-def test_of_several_averages_the_best_is_taken(powers, train, monkeypatch):
+def test_of_several_averages_the_best_is_taken(
+    powers, train, optimizers, monkeypatch
+):
     preset = replace(
         PRESETS["tiny_awd"], averaging="always", averaging_power=powers
     )
     monkeypatch.setitem(PRESETS, "tiny_awd", preset)
-    kept = []
-    make_optimizer = training_module.make_optimizer
-
-    def make(plan):
-        kept.append(make_optimizer(plan))
-        return kept[0]
-
-    monkeypatch.setattr(training_module, "make_optimizer", make)
     result = train(preset="tiny_awd", epochs=1)
     [row] = result["history"]
     model, _, config = load_run(result["run"])
@@ -927,7 +929,7 @@ def test_of_several_averages_the_best_is_taken(powers, train, monkeypatch):
     assert row["valid_perplexity"] == pytest.approx(
         evaluate(model, valid).perplexity, rel=1e-5
     )
-    [optimizer] = kept
+    [optimizer] = optimizers
     of_each = []
     for averages in optimizer.averages_of:
         for weight, average in zip(model.weights, averages, strict=True):

@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from multilstm.clock import clock
 from multilstm.devices import usual_precision
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
@@ -759,8 +760,6 @@ def _pair(valid: float | None, test: float | None) -> str:
 
 
 def _time_here(row: dict[str, Any]) -> str:
-    from multilstm.clock import clock
-
     if row["seconds"] is None:
         return "-"
     about = "" if row["is_measured_shape"] else "about "

@@ -184,18 +184,19 @@ class Keeper(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         rate = _number(optimizer.learning_rate)
         best = min([self.start_perplexity, *self.valid_perplexities])
-        valid, power = math.inf, 0.0
         powers = optimizer.averaging_powers
+        of_each = []
         for place in range(len(powers) if optimizer.has_averages else 1):
             with optimizer.averaged_weights(place):
-                perplexity = self._evaluate()
-                if not math.isfinite(perplexity):
-                    self._stop_diverged("its validation", perplexity)
-                self.folder.wait_for_checkpoint()  # none is two epochs behind
-                if perplexity < min(best, valid):
-                    self._save_best(epoch + 1, perplexity)
-            if perplexity < valid:
-                valid, power = perplexity, powers[place]
+                of_each.append(self._evaluate())
+            if not math.isfinite(of_each[-1]):
+                self._stop_diverged("its validation", of_each[-1])
+        valid = min(of_each)
+        place = of_each.index(valid)
+        self.folder.wait_for_checkpoint()  # none is two epochs behind
+        if valid < best:
+            with optimizer.averaged_weights(place):
+                self._save_best(epoch + 1, valid)
         row = {
             "epoch": epoch + 1,
             "train_perplexity": self._train_perplexity(),
@@ -207,7 +208,7 @@ class Keeper(keras.callbacks.Callback):
         if self.plan.averaging != "never":
             row["averaged_steps"] = _number(optimizer.num_averaged)
             if len(powers) > 1:
-                row["averaging_power"] = power
+                row["averaging_power"] = powers[place]
         # For the progress bar; that of fit is of this process alone.
         logs.update(row, perplexity=row["train_perplexity"])
         self.history.append(row)

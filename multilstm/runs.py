@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,8 +202,7 @@ def describe_protocol(plan: Preset, settings: dict[str, Any]) -> dict[str, Any]:
         chosen.append("when the learning rate falls")
     if plan.averaging == "triggered":
         chosen.append("when averaging begins")
-    is_several = isinstance(plan.averaging_power, Sequence)
-    if plan.averaging != "never" and is_several:
+    if plan.averaging != "never" and np.size(plan.averaging_power) > 1:
         chosen.append("which average is evaluated and kept")
     if plan.stops_non_monotone or any(
         settings[name] is not None for name in ("patience", "until_perplexity")
