@@ -97,7 +97,10 @@ def test_sequential_is_the_same_model_with_our_lstm(x):
 def test_functional_with_shared_layers_inputs_and_states(ids):
     """An encoder and a decoder that share their embedding and an LSTM."""
     source, target = (keras.Input((None,), name=n) for n in ("from", "to"))
-    embedding = keras.layers.Embedding(5, UNITS, mask_zero=True)
+    # As wide as what they are compared with is to be: the default is 0.05.
+    embedding = keras.layers.Embedding(
+        5, UNITS, embeddings_initializer="orthogonal", mask_zero=True
+    )
     shared = KerasLSTM(UNITS, return_sequences=True)
     encoded, h, c = KerasLSTM(UNITS, return_state=True)(
         shared(embedding(source))
