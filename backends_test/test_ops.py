@@ -601,6 +601,106 @@ def test_cell_state_adds_up_in_bfloat16():
     np.testing.assert_allclose(got, expected, rtol=2**-8)
 
 
+@pytest.fixture(params=["loop, products by onednn", "onednn"])
+def bfloat16_kernel(request, monkeypatch):
+    """PyTorch's LSTM in bfloat16 on the CPU: each of its two ways, by name."""
+    if BACKEND != "torch":
+        pytest.skip("of PyTorch's implementation")
+    import torch
+
+    from multilstm.ops import bfloat16_torch
+
+    if not bfloat16_torch.is_fast(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("the processor has no products of bfloat16")
+    most = 10**9 if request.param == "onednn" else 0
+    monkeypatch.setattr(bfloat16_torch, "_MOST_WEIGHTS", most)
+    return f"torch: {request.param}"
+
+
+def difference(array, truth):
+    return np.linalg.norm(array - truth) / np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("mask", [None, WITH_HOLES], ids=["", "masked"])
+def test_bfloat16_on_a_cpu_only_rounds(rng, bfloat16_kernel, mask):
+    mask = mask and np.array(mask, bool)
+    arguments = draw_arguments(rng, 4, 4, 3, 5)
+    upstream = draw_upstream(rng, 4, 4, 5)
+    arrays = arguments if mask is None else [*arguments, mask]
+    outputs, gradients = run(ops.lstm, arrays, upstream, dtype="bfloat16")
+    assert ops.last_kernel() == bfloat16_kernel
+    arguments = [a.astype(float) for a in arguments]
+    truths = (
+        *oracles.lstm(*arguments, mask),
+        *oracles.lstm_gradients(arguments, upstream, mask),
+    )
+    # Numbers are rounded by up to 2^-9, 0.2 %, and so a few times over.
+    for array, truth in zip([*outputs, *gradients], truths, strict=True):
+        assert difference(array, truth) < 0.01
+
+
+def test_weights_in_float32_get_gradients_in_float32(rng, bfloat16_kernel):
+    import torch
+
+    arguments = draw_arguments(rng, 4, 4, 3, 5)
+    upstream = draw_upstream(rng, 4, 4, 5)
+    tensors = [torch.tensor(a) for a in arguments]
+    wide = [torch.nn.Parameter(tensor) for tensor in tensors[3:]]
+    narrow = [tensor.bfloat16() for tensor in tensors[:3]]
+    for _ in range(2):  # the layout of the weights changes the first time
+        y, _, _ = ops.lstm(*narrow, *wide)
+        gradients = torch.autograd.grad(
+            y, wide, torch.tensor(upstream[0]).to(y)
+        )
+    assert [g.dtype for g in gradients] == [torch.float32] * 3
+    arguments = [a.astype(float) for a in arguments]
+    upstream = [upstream[0], *(np.zeros_like(u) for u in upstream[1:])]
+    truths = oracles.lstm_gradients(arguments, upstream)[3:]
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert difference(gradient.numpy(), truth) < 0.01  # as above
+
+
+def test_small_steps_add_up_on_a_cpu_in_bfloat16(bfloat16_kernel):
+    """A cell that gains 1/256 a step: in bfloat16 sums it would stop at 1."""
+    import torch
+
+    shapes = ((1, 600, 1), (1, 1), (1, 1), (1, 4), (1, 4), (4,))
+    *zeros, bias = (torch.zeros(s, dtype=torch.bfloat16) for s in shapes)
+    bias += torch.tensor([20, 20, 1 / 256, 0])
+    _, _, c = ops.lstm(*zeros, bias)
+    np.testing.assert_allclose(c.float().numpy(), 600 / 256, rtol=1e-2)
+
+
+# Dropout ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_shape", [None, (None, 1, None)])
+def test_masks_follow_from_the_seed_and_have_their_share(noise_shape):
+    ones = keras.ops.ones((40, 50, 60))
+    first, second, again, other = (
+        keras.ops.convert_to_numpy(
+            ops.dropout(ones, 0.25, noise_shape, generator)
+        )
+        for one in [keras.random.SeedGenerator(3)]
+        for generator in (
+            one,
+            one,
+            keras.random.SeedGenerator(3),
+            keras.random.SeedGenerator(4),
+        )
+    )
+    np.testing.assert_array_equal(first, again)
+    assert {0.0, np.float32(1 / 0.75)} == set(np.unique(first))
+    mask = first if noise_shape is None else first[:, :1]
+    np.testing.assert_array_equal(np.broadcast_to(mask, first.shape), first)
+    # Five standard deviations of the share of so many draws, and of that in
+    # which two masks agree: 0.75^2 + 0.25^2.
+    draws = 1 / mask.size**0.5
+    assert abs((mask == 0).mean() - 0.25) < 5 * 0.434 * draws
+    for unlike in (second, other):
+        assert abs((first == unlike).mean() - 0.625) < 5 * 0.485 * draws
+
+
 # Optimizers -------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from multilstm.ops import (
     has_xla,
     lstm,
     lstm_stack,
+    lstm_weights,
 )
 
 State = tuple[Any, Any]
@@ -199,6 +200,7 @@ class LSTM(keras.layers.Layer):
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
+            autocast=False,
             name="kernel",
         )
         self.recurrent_kernel = self.add_weight(
@@ -206,6 +208,7 @@ class LSTM(keras.layers.Layer):
             initializer=self.recurrent_initializer,
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
+            autocast=False,
             name="recurrent_kernel",
         )
         if self.use_bias:
@@ -214,6 +217,7 @@ class LSTM(keras.layers.Layer):
                 initializer=self._initial_bias,
                 regularizer=self.bias_regularizer,
                 constraint=self.bias_constraint,
+                autocast=False,
                 name="bias",
             )
         if self.carried is not None:
@@ -255,9 +259,12 @@ class LSTM(keras.layers.Layer):
     def read_weights(self, training: bool | None) -> tuple[Any, Any, Any]:
         """Kernel, recurrent kernel and bias, as `ops.lstm` takes them."""
         bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
-        kernel, recurrent_kernel, bias = (
-            ops.cast(ops.convert_to_tensor(weight), self.compute_dtype)
-            for weight in (self.kernel, self.recurrent_kernel, bias)
+        kernel, recurrent_kernel, bias = lstm_weights(
+            map(
+                ops.convert_to_tensor,
+                (self.kernel, self.recurrent_kernel, bias),
+            ),
+            self.compute_dtype,
         )
         if training and self.weight_dropout:
             recurrent_kernel = self.weight_drop(recurrent_kernel, training=True)

@@ -29,6 +29,7 @@ from multilstm.ops.reference import (
     linear_cross_entropy,
     lstm,
     lstm_stack,
+    lstm_weights,
     make_test_function,
     make_train_function,
     steps_per_dispatch,
@@ -67,6 +68,7 @@ elif keras.config.backend() == "torch":
         linear_cross_entropy,
         lstm,
         lstm_stack,
+        lstm_weights,
         tf32,
     )
 elif keras.config.backend() == "tensorflow":
@@ -118,6 +120,7 @@ __all__ = [
     "logs_to_reduce",
     "lstm",
     "lstm_stack",
+    "lstm_weights",
     "make_test_function",
     "make_train_function",
     "rows_here",

@@ -144,6 +144,16 @@ def has_xla(*, for_some: bool = False) -> bool:
     return True
 
 
+def lstm_weights(weights: Any, dtype: str) -> Any:
+    """A layer's weights as `lstm` takes them for inputs of a dtype.
+
+    Args:
+        weights: Tensors, in the dtype of the variables.
+        dtype: Of the inputs.
+    """
+    return tuple(ops.cast(weight, dtype) for weight in weights)
+
+
 def lstm_stack(
     x: Any, states: list[State], weights: list[Weights]
 ) -> tuple[Any, list[State]]:

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multilstm.ops import reference
+from multilstm.ops import bfloat16_torch, reference
 from multilstm.ops.evidence import explain_once, note_kernel
 
 # What the dispatcher may call for `torch.lstm`; anything else is its loop.
@@ -50,10 +50,14 @@ def lstm_stack(
 ) -> tuple[Any, list[reference.State]]:
     """As `reference.lstm_stack`: one call for layers of one size on a GPU.
 
-    What comes in bfloat16 is computed in float32: a cell state in bfloat16,
-    as PyTorch's kernels would keep it, stays where it is when less than a
-    256th of it is added.
+    Of what comes in bfloat16 the cell state is in float32: in bfloat16, as
+    `torch.lstm` would keep it, it stays where it is when less than a 256th of
+    it is added. Where oneDNN's kernel does not give that, all is in float32.
     """
+    if bfloat16_torch.is_fast(x):
+        for layer in weights:
+            _store_transposed(list(layer))
+        return reference.stack(bfloat16_torch.lstm, x, states, weights)
     if x.dtype in (torch.bfloat16, torch.float16):
         explain_once(
             f"torch: of this model in {str(x.dtype).removeprefix('torch.')} "
@@ -91,6 +95,15 @@ def lstm_stack(
         batch_first=True,
     )
     return y, list(zip(h, c, strict=True))
+
+
+def lstm_weights(weights: Any, dtype: str) -> Any:
+    """As `reference.lstm_weights`: as they are, `lstm` casts what it has to.
+
+    So their gradients are not rounded, and they are still the parameters of
+    which it chooses the layout.
+    """
+    return tuple(weights)
 
 
 def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:

@@ -1,0 +1,182 @@
+"""PyTorch on a CPU in bfloat16: its products, with the cell state in float32.
+
+`torch.lstm` would keep the cell state in bfloat16, where it stays as it is
+when less than a 256th of it is added.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from multilstm.ops.evidence import note_kernel
+
+_LSTM = 2  # among the kinds of recurrent layers that ATen numbers
+# oneDNN adds to the gradient of the matrices at every time step, which is
+# slow once that does not stay in a cache. Measured on two cores of an EPYC of
+# Zen 5 (benchmarks/bfloat16_lstm.py): 800 units are faster by oneDNN, 1,150
+# by the loop.
+_MOST_WEIGHTS = 6_000_000
+
+
+def is_fast(x: Any) -> bool:
+    """Whether the processor multiplies in bfloat16: emulated it is slow."""
+    return bool(
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def lstm(
+    x: Any, h0: Any, c0: Any, kernel: Any, recurrent_kernel: Any, bias: Any
+) -> tuple[Any, Any, Any]:
+    """As `reference.lstm`, of weights in bfloat16 or in float32."""
+    is_large = kernel.numel() + recurrent_kernel.numel() > _MOST_WEIGHTS
+    function = _Loop if is_large else _OneDNN
+    y, h, c = function.apply(x, h0, c0, kernel, recurrent_kernel, bias)
+    return y, h, c.to(x.dtype)
+
+
+def _prepare(
+    x: Any, h0: Any, c0: Any, kernel: Any, recurrent_kernel: Any, bias: Any
+) -> tuple[Any, ...]:
+    """Time before batch, matrices transposed, all in the dtype it needs."""
+    half = torch.bfloat16
+    return (
+        x.detach().transpose(0, 1).contiguous(),
+        kernel.detach().to(half).T.contiguous(),
+        recurrent_kernel.detach().to(half).T.contiguous(),
+        bias.detach().float(),
+        h0.detach().to(half),
+        c0.detach().float(),
+    )
+
+
+class _OneDNN(torch.autograd.Function):
+    """The operation under `torch.lstm`, which takes a cell state in float32.
+
+    Its gradients are in float32; autograd casts them where that is not wanted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+        note_kernel("torch: onednn")
+        x, kernel, recurrent, bias, h0, c0 = _prepare(*arguments)
+        zeros = torch.zeros_like(bias)
+        inputs = (x, kernel, recurrent, bias, zeros, h0[None], c0[None])
+        train = any(ctx.needs_input_grad)
+        # Without, it makes no workspace, whatever `train` is.
+        with torch.set_grad_enabled(train):
+            y, h, c, workspace = torch.ops.aten.mkldnn_rnn_layer.default(
+                *inputs,
+                reverse=False,
+                batch_sizes=[],
+                mode=_LSTM,
+                hidden_size=h0.shape[1],
+                num_layers=1,
+                has_biases=True,
+                bidirectional=False,
+                batch_first=False,
+                train=train,
+            )
+        ctx.save_for_backward(*inputs, y, h, c, workspace)
+        return y.transpose(0, 1), h[0], c[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
+        *inputs_and_outputs, workspace = ctx.saved_tensors
+        dx, d_kernel, d_recurrent, d_bias, _, dh0, dc0 = (
+            torch.ops.aten.mkldnn_rnn_layer_backward.default(
+                *inputs_and_outputs,
+                dy.transpose(0, 1).contiguous(),
+                dh[None],
+                dc[None],
+                reverse=False,
+                mode=_LSTM,
+                hidden_size=dh.shape[1],
+                num_layers=1,
+                has_biases=True,
+                train=True,
+                bidirectional=False,
+                batch_sizes=[],
+                batch_first=False,
+                workspace=workspace,
+            )
+        )
+        dx = dx.transpose(0, 1)
+        return dx, dh0[0], dc0[0], d_kernel.T, d_recurrent.T, d_bias
+
+
+class _Loop(torch.autograd.Function):
+    """A loop over the time steps, with the gradient of the matrices in one."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+        note_kernel("torch: loop, products by onednn")
+        x, kernel, recurrent, bias, h0, c0 = _prepare(*arguments)
+        time, batch, _ = x.shape
+        units = recurrent.shape[1]
+        gates = _product(x.flatten(0, 1), kernel).float().add_(bias)
+        gates = gates.view(time, batch, 4 * units)
+        y = torch.cat([h0[None], h0.new_empty(time, batch, units)])
+        c = torch.cat([c0[None], c0.new_empty(time, batch, units)])
+        for step in range(time):
+            gate = gates[step].add_(_product(y[step], recurrent))
+            i, f, g, o = gate.chunk(4, 1)
+            gate[:, : 2 * units].sigmoid_()
+            g.tanh_()
+            o.sigmoid_()
+            torch.mul(f, c[step], out=c[step + 1]).addcmul_(i, g)
+            y[step + 1] = torch.tanh(c[step + 1]).mul_(o)
+        ctx.save_for_backward(x, kernel, recurrent, gates, y, c)
+        return y[1:].transpose(0, 1), y[-1], c[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
+        x, kernel, recurrent, gates, y, c = ctx.saved_tensors
+        i, f, g, o = gates.chunk(4, 2)
+        tanh_c = torch.tanh(c[1:])
+        # By how much a gate's sum changes the cell state or the output, and
+        # how much the cell state changes the output.
+        slopes = torch.stack(
+            [
+                i * g * (1 - i),
+                f * c[:-1] * (1 - f),
+                i * (1 - g * g),
+                o * tanh_c * (1 - o),
+            ],
+            2,
+        )
+        through_tanh = o * (1 - tanh_c * tanh_c)
+        d_gates = x.new_empty(gates.shape)
+        dy = dy.transpose(0, 1).float()
+        dh, dc = dh.float(), dc.clone()
+        back = recurrent.T.contiguous()
+        for step in reversed(range(len(x))):
+            dh = dh + dy[step]
+            dc.addcmul_(dh, through_tanh[step])
+            d_gate = slopes[step]
+            d_gate[:, :3].mul_(dc[:, None])
+            d_gate[:, 3].mul_(dh)
+            d_gates[step] = d_gate.flatten(1)
+            dh = _product(d_gates[step], back).float()
+            dc.mul_(f[step])
+        flat = d_gates.flatten(0, 1)
+        dx = _product(flat, kernel.T.contiguous()).view(x.shape)
+        across = flat.T.contiguous()
+        d_kernel = _product(across, x.flatten(0, 1).T.contiguous())
+        d_recurrent = _product(across, y[:-1].flatten(0, 1).T.contiguous())
+        d_bias = flat.sum(0, dtype=torch.float32)
+        return dx.transpose(0, 1), dh, dc, d_kernel.T, d_recurrent.T, d_bias
+
+
+def _product(left: Any, transposed: Any) -> Any:
+    """`left @ transposed.T`, both of them stored row by row."""
+    return torch.ops.mkldnn._linear_pointwise(
+        left, transposed, None, "none", [], ""
+    )
