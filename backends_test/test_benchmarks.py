@@ -158,6 +158,7 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         names.append([task.name for task in group])
         commands |= {task.name: task.command for task in group}
     assert names == [
+        ["pytorch_650_tied-torch"],
         ["zaremba_medium-torch"],
         ["awd_adam-torch"],
         ["recorded-steps"],

@@ -3,11 +3,11 @@
     python benchmarks/on_gpu.py --minutes 14 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: `zaremba_medium`; `awd_adam`; recorded steps of PyTorch, and
-layers that run at once; `adam_512` on each backend, for the time to its
-perplexity; training steps of all backends; `best` and `awd` side by side, at
-equal compute, for as many epochs as there is time. Next in a quarter of an
-hour: `--only layers-at-once best-torch awd-torch`.
+In this order: `pytorch_650_tied`; `zaremba_medium`; `awd_adam`; recorded steps
+of PyTorch, and layers that run at once; `adam_512` on each backend, for the
+time to its perplexity; training steps of all backends; `best` and `awd` side by
+side, at equal compute, for as many epochs as there is time. Next in a quarter
+of an hour: `--only layers-at-once pytorch_650_tied-torch best-torch awd-torch`.
 The corpus is Penn Treebank, from MULTILSTM_DATA or by download. What fails is
 told and the rest goes on; logs and run folders are in FOLDER, and what is there
 already is gone on from.
@@ -59,8 +59,8 @@ def tasks(
         return Task(folder.name, command, environment, takes_minutes=True)
 
     first = "torch" if "torch" in pythons else next(iter(pythons))
-    yield 420, [training("zaremba_medium", first)]
-    yield 420, [training("awd_adam", first)]
+    for preset in ("pytorch_650_tied", "zaremba_medium", "awd_adam"):
+        yield 420, [training(preset, first)]
     if "torch" in pythons:
         for name in ("recorded-steps", "layers-at-once"):
             script = HERE / f"{name.replace('-', '_')}.py"
