@@ -74,6 +74,13 @@ def test_weights_are_stored_as_the_kernel_reads_them_and_keep_their_values(x):
         {"return_sequences": True, "return_state": True},
         {"go_backwards": True, "return_sequences": True},
         {"use_bias": False},
+        pytest.param(
+            {"use_bias": False, "dtype": "float64"},
+            marks=pytest.mark.skipif(
+                keras.config.backend() == "jax",
+                reason="JAX has float64 only where it is told to",
+            ),
+        ),
         {"unit_forget_bias": False, "bias_initializer": "ones"},
     ],
     ids=arguments_id,

@@ -634,9 +634,32 @@ def test_bfloat16_on_a_cpu_only_rounds(rng, bfloat16_kernel, mask):
         *oracles.lstm(*arguments, mask),
         *oracles.lstm_gradients(arguments, upstream, mask),
     )
-    # Numbers are rounded by up to 2^-9, 0.2 %, and so a few times over.
+    # Numbers are rounded by up to 2^-8, 0.4 %, and so a few times over.
     for array, truth in zip([*outputs, *gradients], truths, strict=True):
         assert difference(array, truth) < 0.01
+
+
+def test_states_may_be_parts_of_other_tensors(rng, bfloat16_kernel):
+    import torch
+
+    *_, kernel, recurrent, bias = (
+        torch.tensor(a) for a in draw_arguments(rng, 3, 4, 5, 6)
+    )
+    x = torch.tensor(rng.standard_normal((3, 4, 5))).bfloat16()
+    both = torch.tensor(rng.standard_normal((12, 3))).bfloat16().T
+    parts = both.split(6, 1)
+    copies = [part.contiguous() for part in parts]
+    got = ops.lstm(x, *parts, kernel, recurrent, bias)
+    expected = ops.lstm(x, *copies, kernel, recurrent, bias)
+    for tensor, truth in zip(got, expected, strict=True):
+        assert torch.equal(tensor, truth)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_may_be_empty(rng, dtype):
+    arguments = draw_arguments(rng, 0, 4, 3, 5)
+    (y, h, c), _ = run(ops.lstm, arguments, dtype=dtype)
+    assert (y.shape, h.shape, c.shape) == ((0, 4, 5), (0, 5), (0, 5))
 
 
 def test_weights_in_float32_get_gradients_in_float32(rng, bfloat16_kernel):
@@ -674,6 +697,12 @@ def test_small_steps_add_up_on_a_cpu_in_bfloat16(bfloat16_kernel):
 # Dropout ----------------------------------------------------------------------
 
 
+def test_dropout_of_everything_leaves_zeros():
+    ones = keras.ops.ones((4, 5))
+    out = ops.dropout(ones, 1.0, None, keras.random.SeedGenerator(3))
+    assert not keras.ops.convert_to_numpy(out).any()
+
+
 @pytest.mark.parametrize("noise_shape", [None, (None, 1, None)])
 def test_masks_follow_from_the_seed_and_have_their_share(noise_shape):
     ones = keras.ops.ones((40, 50, 60))
@@ -686,7 +715,8 @@ def test_masks_follow_from_the_seed_and_have_their_share(noise_shape):
             one,
             one,
             keras.random.SeedGenerator(3),
-            keras.random.SeedGenerator(4),
+            # Keras has none below zero on JAX.
+            keras.random.SeedGenerator(4 if BACKEND == "jax" else -4),
         )
     )
     np.testing.assert_array_equal(first, again)

@@ -259,12 +259,9 @@ class LSTM(keras.layers.Layer):
     def read_weights(self, training: bool | None) -> tuple[Any, Any, Any]:
         """Kernel, recurrent kernel and bias, as `ops.lstm` takes them."""
         bias = self.bias if self.use_bias else ops.zeros((4 * self.units,))
+        weights = (self.kernel, self.recurrent_kernel, bias)
         kernel, recurrent_kernel, bias = lstm_weights(
-            map(
-                ops.convert_to_tensor,
-                (self.kernel, self.recurrent_kernel, bias),
-            ),
-            self.compute_dtype,
+            map(ops.convert_to_tensor, weights), self.compute_dtype
         )
         if training and self.weight_dropout:
             recurrent_kernel = self.weight_drop(recurrent_kernel, training=True)

@@ -20,13 +20,17 @@ _MOST_WEIGHTS = 6_000_000
 
 
 def is_fast(x: Any) -> bool:
-    """Whether the processor multiplies in bfloat16: emulated it is slow."""
+    """Whether the processor multiplies in bfloat16: emulated it is slow.
+
+    Of no rows or no steps `torch.lstm` knows what to say, oneDNN does not.
+    """
     return bool(
-        x.dtype == torch.bfloat16
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.bfloat16
         and x.device.type == "cpu"
+        and x.numel()
         and torch.backends.mkldnn.is_available()
         and torch.cpu._is_avx512_bf16_supported()
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -36,23 +40,28 @@ def lstm(
     """As `reference.lstm`, of weights in bfloat16 or in float32."""
     is_large = kernel.numel() + recurrent_kernel.numel() > _MOST_WEIGHTS
     function = _Loop if is_large else _OneDNN
-    y, h, c = function.apply(x, h0, c0, kernel, recurrent_kernel, bias)
-    return y, h, c.to(x.dtype)
+    arguments = (x.transpose(0, 1), h0, c0, kernel, recurrent_kernel, bias)
+    y, h, c = function.apply(torch.is_grad_enabled(), *arguments)
+    return y.transpose(0, 1), h, c.to(x.dtype)
 
 
 def _prepare(
     x: Any, h0: Any, c0: Any, kernel: Any, recurrent_kernel: Any, bias: Any
 ) -> tuple[Any, ...]:
-    """Time before batch, matrices transposed, all in the dtype it needs."""
+    """Matrices transposed, all in the dtype it needs and stored row by row.
+
+    The operation of oneDNN reads what it gets as if it were stored so.
+    """
     half = torch.bfloat16
-    return (
-        x.detach().transpose(0, 1).contiguous(),
-        kernel.detach().to(half).T.contiguous(),
-        recurrent_kernel.detach().to(half).T.contiguous(),
-        bias.detach().float(),
-        h0.detach().to(half),
-        c0.detach().float(),
+    wanted = (
+        x,
+        kernel.to(half).T,
+        recurrent_kernel.to(half).T,
+        bias.float(),
+        h0.to(half),
+        c0.float(),
     )
+    return tuple(tensor.detach().contiguous() for tensor in wanted)
 
 
 class _OneDNN(torch.autograd.Function):
@@ -62,13 +71,12 @@ class _OneDNN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+    def forward(ctx: Any, train: bool, *arguments: Any) -> tuple[Any, Any, Any]:
         note_kernel("torch: onednn")
         x, kernel, recurrent, bias, h0, c0 = _prepare(*arguments)
         zeros = torch.zeros_like(bias)
         inputs = (x, kernel, recurrent, bias, zeros, h0[None], c0[None])
-        train = any(ctx.needs_input_grad)
-        # Without, it makes no workspace, whatever `train` is.
+        # Without gradients it makes no workspace, whatever `train` is.
         with torch.set_grad_enabled(train):
             y, h, c, workspace = torch.ops.aten.mkldnn_rnn_layer.default(
                 *inputs,
@@ -83,7 +91,7 @@ class _OneDNN(torch.autograd.Function):
                 train=train,
             )
         ctx.save_for_backward(*inputs, y, h, c, workspace)
-        return y.transpose(0, 1), h[0], c[0]
+        return y, h[0], c[0]
 
     @staticmethod
     @once_differentiable
@@ -92,7 +100,7 @@ class _OneDNN(torch.autograd.Function):
         dx, d_kernel, d_recurrent, d_bias, _, dh0, dc0 = (
             torch.ops.aten.mkldnn_rnn_layer_backward.default(
                 *inputs_and_outputs,
-                dy.transpose(0, 1).contiguous(),
+                dy.contiguous(),
                 dh[None],
                 dc[None],
                 reverse=False,
@@ -107,15 +115,15 @@ class _OneDNN(torch.autograd.Function):
                 workspace=workspace,
             )
         )
-        dx = dx.transpose(0, 1)
-        return dx, dh0[0], dc0[0], d_kernel.T, d_recurrent.T, d_bias
+        d_weights = (d_kernel.T, d_recurrent.T, d_bias)
+        return None, dx, dh0[0], dc0[0], *d_weights
 
 
 class _Loop(torch.autograd.Function):
     """A loop over the time steps, with the gradient of the matrices in one."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+    def forward(ctx: Any, train: bool, *arguments: Any) -> tuple[Any, Any, Any]:
         note_kernel("torch: loop, products by onednn")
         x, kernel, recurrent, bias, h0, c0 = _prepare(*arguments)
         time, batch, _ = x.shape
@@ -133,7 +141,7 @@ class _Loop(torch.autograd.Function):
             torch.mul(f, c[step], out=c[step + 1]).addcmul_(i, g)
             y[step + 1] = torch.tanh(c[step + 1]).mul_(o)
         ctx.save_for_backward(x, kernel, recurrent, gates, y, c)
-        return y[1:].transpose(0, 1), y[-1], c[-1]
+        return y[1:], y[-1], c[-1]
 
     @staticmethod
     @once_differentiable
@@ -154,7 +162,7 @@ class _Loop(torch.autograd.Function):
         )
         through_tanh = o * (1 - tanh_c * tanh_c)
         d_gates = x.new_empty(gates.shape)
-        dy = dy.transpose(0, 1).float()
+        dy = dy.float()
         dh, dc = dh.float(), dc.clone()
         back = recurrent.T.contiguous()
         for step in reversed(range(len(x))):
@@ -172,7 +180,7 @@ class _Loop(torch.autograd.Function):
         d_kernel = _product(across, x.flatten(0, 1).T.contiguous())
         d_recurrent = _product(across, y[:-1].flatten(0, 1).T.contiguous())
         d_bias = flat.sum(0, dtype=torch.float32)
-        return dx.transpose(0, 1), dh, dc, d_kernel.T, d_recurrent.T, d_bias
+        return None, dx, dh, dc, d_kernel.T, d_recurrent.T, d_bias
 
 
 def _product(left: Any, transposed: Any) -> Any:

@@ -98,12 +98,14 @@ def lstm_stack(
 
 
 def lstm_weights(weights: Any, dtype: str) -> Any:
-    """As `reference.lstm_weights`: as they are, `lstm` casts what it has to.
+    """As `reference.lstm_weights`; for half the bits as they are.
 
-    So their gradients are not rounded, and they are still the parameters of
-    which it chooses the layout.
+    `lstm` casts them itself. So they are still the parameters of which it
+    chooses the layout, and gradients need no rounding where it gives float32.
     """
-    return tuple(weights)
+    if dtype in ("bfloat16", "float16"):
+        return tuple(weights)
+    return reference.lstm_weights(weights, dtype)
 
 
 def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
