@@ -94,6 +94,45 @@ def test_state_that_never_fades_is_carried_through(batch_size, text):
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "off", "passes"),
+    [
+        ("float32", 2**-6, 3),
+        ("float32", 2**-14, 1),
+        ("bfloat16", 2**-6, 1),
+        ("bfloat16", 2**-4, 3),
+    ],
+)
+def test_rows_are_read_again_unless_the_last_bits_are_off(
+    dtype, off, passes, text, monkeypatch
+):
+    """A cell state that is 2 after every other chunk, a little more else."""
+
+    class Jitters:
+        vocabulary_size = V
+        compute_dtype = dtype
+
+        def get_initial_state(self, batch_size):
+            return [(np.zeros((batch_size, 1)), np.full((batch_size, 1), 2.0))]
+
+        def __call__(self, token_ids, initial_state, **_):
+            ((h, c),) = initial_state
+            logits = keras.ops.one_hot(token_ids, V)
+            return logits, [(h, keras.ops.where(c > 2, 2.0, 2.0 + off))]
+
+    readings = []
+    read = Evaluator._read
+
+    def note(evaluator, *arguments):
+        readings.append(arguments)
+        return read(evaluator, *arguments)
+
+    monkeypatch.setattr(Evaluator, "_read", note)
+    # Four rows of one chunk: each reading makes one more of them right.
+    evaluate(Jitters(), text, batch_size=4, sequence_length=71)
+    assert len(readings) == passes
+
+
 @pytest.mark.parametrize("num_tokens", [2, 17, 33])
 def test_short_texts_are_read_whole(num_tokens, text):
     model = make_model()
