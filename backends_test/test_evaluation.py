@@ -8,7 +8,7 @@ import oracles
 import pytest
 from tiny_runs import float32_products
 
-from multilstm import LanguageModel, evaluate, ops
+from multilstm import LanguageModel, evaluate, evaluation, ops
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluation, Evaluator
 
@@ -131,6 +131,35 @@ def test_rows_are_read_again_unless_the_last_bits_are_off(
     # Four rows of one chunk: each reading makes one more of them right.
     evaluate(Jitters(), text, batch_size=4, sequence_length=71)
     assert len(readings) == passes
+
+
+@pytest.mark.parametrize("kept", [0, 2, 64])
+def test_rows_are_read_again_until_they_are_where_they_were(
+    kept, text, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "_WARM_UP", 0)
+    monkeypatch.setattr(evaluation, "_KEPT", kept)
+    model = make_model()
+    evaluator = Evaluator(model, 2, 4)
+    chunks = []
+    predict = evaluator._chunk.predict_on_batch
+
+    def note(chunk):
+        chunks.append(chunk)
+        return predict(chunk)
+
+    monkeypatch.setattr(evaluator._chunk, "predict_on_batch", note)
+    cross_entropy = evaluator(text).cross_entropy
+    np.testing.assert_allclose(  # float32 logits
+        cross_entropy, single_pass(model, text), rtol=1e-6
+    )
+    # A row has 36 chunks, and its last words once more. What it remembers
+    # fades in more than two of them and in less than half.
+    once = 36 + 1
+    if kept == 64:
+        assert once < len(chunks) < 1.5 * once
+    else:
+        assert len(chunks) == 2 * once
 
 
 @pytest.mark.parametrize("num_tokens", [2, 17, 33])

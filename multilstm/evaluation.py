@@ -42,6 +42,7 @@ STATE = "zeros at the first word, carried to the last"
 _STATE_TOLERANCE = 1e-4
 _STATE_TOLERANCES = {"bfloat16": 2.0**-6, "float16": 2.0**-9}
 _WARM_UP = 256  # words of the row before that are read for a state
+_KEPT = 64  # chunks after which states are kept, for a reading that follows
 
 States = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 Outputs = list[NDArray[np.float32]]
@@ -202,19 +203,19 @@ class Evaluator:
         """
         streams = self._fold(np.asarray(token_ids))
         if starts is not None:
-            outputs, _ = self._read(streams, starts)
+            outputs = self._read(streams, starts).outputs
             return _unfold(outputs, streams, starts)
-        used_rows = -(-(len(token_ids) - 1) // streams.row_length)
         starts = self._guess_starts(streams)
-        for _ in range(streams.batch_size):
-            outputs, ends = self._read(streams, starts)
-            read_from, correct = starts, _move_down(ends)
-            error = _largest_difference(starts, correct, used_rows)
+        done = self._read(streams, starts)
+        for _ in range(streams.batch_size - 1):
+            correct = _move_down(done.ends)
+            error = _largest_difference(starts, correct, streams)
             if not error > self._tolerance:
                 break
             logger.info("Rows began %.1e off, reading again", error)
             starts = correct
-        return _unfold(outputs, streams, read_from)
+            done = self._read(streams, starts, done)
+        return _unfold(done.outputs, streams, starts)
 
     def _fold(self, token_ids: NDArray[np.int32]) -> ContinuousStreams:
         """The text in rows, after it was checked."""
@@ -240,25 +241,49 @@ class Evaluator:
         return _move_down(states)
 
     def _read(
-        self, streams: ContinuousStreams, states: States
-    ) -> tuple[list[Outputs], States]:
-        """Reads all rows; what each chunk gives, and where the rows end."""
-        chunks = []
+        self,
+        streams: ContinuousStreams,
+        states: States,
+        earlier: "_Pass | None" = None,
+    ) -> "_Pass":
+        """Reads all rows, or until all are where an earlier reading was."""
+        outputs: list[Outputs] = []
+        passed: list[States] = []
         tail = streams.row_length % self.sequence_length
+        last = len(streams) - 1
         for k in range(len(streams)):
             inputs, targets, _ = streams[k]
-            if tail and k == len(streams) - 1:
+            if tail and k == last:
                 ends = self._advance(inputs[:, :tail], states)
-            outputs, states = self._chunk.predict_on_batch(
+            output, states = self._chunk.predict_on_batch(
                 (inputs, targets, states)
             )
-            chunks.append(outputs)
-        return chunks, ends if tail else states
+            outputs.append(output)
+            if k < _KEPT:
+                passed.append(states)
+            if earlier and k < min(last, len(earlier.passed)):
+                off = _largest_difference(states, earlier.passed[k], streams)
+                if not off > self._tolerance:
+                    return _Pass(
+                        outputs + earlier.outputs[k + 1 :],
+                        passed + earlier.passed[k + 1 :],
+                        earlier.ends,
+                    )
+        return _Pass(outputs, passed, ends if tail else states)
 
     def _advance(self, inputs: NDArray[np.int32], states: States) -> States:
         """The states after `inputs`, which may be fewer words than usual."""
         _, states = self._chunk.predict_on_batch((inputs, inputs, states))
         return states
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What each chunk gave, the states after the first ones and at the end."""
+
+    outputs: list[Outputs]
+    passed: list[States]
+    ends: States
 
 
 class _Chunk(keras.Model):
@@ -333,8 +358,11 @@ def _move_down(ends: States) -> States:
     return moved
 
 
-def _largest_difference(left: States, right: States, rows: int) -> float:
-    """Of the states of so many rows; of numbers above 1 their share."""
+def _largest_difference(
+    left: States, right: States, streams: ContinuousStreams
+) -> float:
+    """Of the rows that hold text; of numbers above 1 their share."""
+    rows = -(-(len(streams.token_ids) - 1) // streams.row_length)
     return max(
         float((np.abs(a - b) / np.maximum(1, np.abs(b)))[:rows].max())
         for pair in zip(left, right, strict=True)
