@@ -24,6 +24,7 @@ SIZES = {
     "zaremba_medium": {"units": 6, "embedding_dim": 6},
     "adam_512": {"units": 6, "embedding_dim": 6},
     "awd": {"units": (6, 6, 4), "embedding_dim": 4},
+    "best": {"units": (6, 6, 4), "embedding_dim": 4},
 }
 
 
