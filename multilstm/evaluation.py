@@ -35,14 +35,15 @@ logger = logging.getLogger(__name__)
 TOKENS = "every word of the text but the first, once, in order"
 STATE = "zeros at the first word, carried to the last"
 
-# States that differ by less than this at a row's start, cell states above 1
-# relatively, give cross-entropies that agree to 7 digits: the difference fades
-# within the row's first words. Of half the bits the last but one is noise, in
-# which no two readings need ever agree.
+# States that differ by less than this where a row begins, or goes on from an
+# earlier reading, are the same; those above 1 by less than this share. The
+# difference fades as the row is read on, and the cross-entropy agrees to 5
+# digits of a short text, to 7 of a long one. Of states with fewer bits the last
+# ones are noise, in which no two readings need ever agree.
 _STATE_TOLERANCE = 1e-4
 _STATE_TOLERANCES = {"bfloat16": 2.0**-6, "float16": 2.0**-9}
 _WARM_UP = 256  # words of the row before that are read for a state
-_KEPT = 64  # chunks after which states are kept, for a reading that follows
+_KEPT_BYTES = 2**26  # of states after a reading's first chunks, for the next
 
 States = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 Outputs = list[NDArray[np.float32]]
@@ -181,9 +182,6 @@ class Evaluator:
         self.model = model
         self.batch_size = batch_size
         self.sequence_length = sequence_length
-        self._tolerance = _STATE_TOLERANCES.get(
-            getattr(model, "compute_dtype", "float32"), _STATE_TOLERANCE
-        )
         self._chunk = _Chunk(model, with_features, training)
 
     def __call__(self, token_ids: NDArray[np.int32]) -> Evaluation:
@@ -203,16 +201,15 @@ class Evaluator:
         """
         streams = self._fold(np.asarray(token_ids))
         if starts is not None:
-            outputs = self._read(streams, starts).outputs
+            outputs = self._read(streams, starts, keeps=False).outputs
             return _unfold(outputs, streams, starts)
         starts = self._guess_starts(streams)
         done = self._read(streams, starts)
         for _ in range(streams.batch_size - 1):
             correct = _move_down(done.ends)
-            error = _largest_difference(starts, correct, streams)
-            if not error > self._tolerance:
+            if self._agree(starts, correct, streams):
                 break
-            logger.info("Rows began %.1e off, reading again", error)
+            logger.info("Rows did not begin where others end, reading again")
             starts = correct
             done = self._read(streams, starts, done)
         return _unfold(done.outputs, streams, starts)
@@ -245,6 +242,8 @@ class Evaluator:
         streams: ContinuousStreams,
         states: States,
         earlier: "_Pass | None" = None,
+        *,
+        keeps: bool = True,
     ) -> "_Pass":
         """Reads all rows, or until all are where an earlier reading was."""
         outputs: list[Outputs] = []
@@ -259,17 +258,27 @@ class Evaluator:
                 (inputs, targets, states)
             )
             outputs.append(output)
-            if k < _KEPT:
+            size = sum(state.nbytes for layer in states for state in layer)
+            if keeps and (k + 1) * size <= _KEPT_BYTES:
                 passed.append(states)
-            if earlier and k < min(last, len(earlier.passed)):
-                off = _largest_difference(states, earlier.passed[k], streams)
-                if not off > self._tolerance:
-                    return _Pass(
-                        outputs + earlier.outputs[k + 1 :],
-                        passed + earlier.passed[k + 1 :],
-                        earlier.ends,
-                    )
+            if (
+                earlier
+                and k < min(last, len(earlier.passed))
+                and self._agree(states, earlier.passed[k], streams)
+            ):
+                # Rows end where they did, so that no reading follows.
+                rest = earlier.outputs[k + 1 :]
+                return _Pass(outputs + rest, [], earlier.ends)
         return _Pass(outputs, passed, ends if tail else states)
+
+    def _agree(
+        self, left: States, right: States, streams: ContinuousStreams
+    ) -> bool:
+        """Whether states are the same; of numbers that are none, they are."""
+        tolerance = _STATE_TOLERANCES.get(
+            self._chunk.state_dtype, _STATE_TOLERANCE
+        )
+        return not _largest_difference(left, right, streams) > tolerance
 
     def _advance(self, inputs: NDArray[np.int32], states: States) -> States:
         """The states after `inputs`, which may be fewer words than usual."""
@@ -292,7 +301,9 @@ class _Chunk(keras.Model):
     def __init__(
         self, language_model: Any, with_features: bool, training: bool
     ) -> None:
-        super().__init__(name="chunk")
+        # States come and go in float32, whatever Keras's global policy is.
+        super().__init__(name="chunk", dtype="float32")
+        self.state_dtype = "float32"  # that of the model's own, once called
         self.language_model = language_model
         self.with_features = with_features
         self.with_dropout = training
@@ -322,6 +333,7 @@ class _Chunk(keras.Model):
                     targets, ops.cast(logits, "float32"), from_logits=True
                 )
             ]
+        self.state_dtype = ops.dtype(states[0][0])
         return outputs, [
             tuple(ops.cast(state, "float32") for state in layer)
             for layer in states
@@ -363,8 +375,9 @@ def _largest_difference(
 ) -> float:
     """Of the rows that hold text; of numbers above 1 their share."""
     rows = -(-(len(streams.token_ids) - 1) // streams.row_length)
-    return max(
-        float((np.abs(a - b) / np.maximum(1, np.abs(b)))[:rows].max())
+    differences = [
+        np.abs(a - b) / np.maximum(1, np.minimum(np.abs(a), np.abs(b)))
         for pair in zip(left, right, strict=True)
         for a, b in zip(*pair, strict=True)
-    )
+    ]
+    return float(np.max([each[:rows].max() for each in differences]))

@@ -59,10 +59,11 @@ def lstm_stack(
             _store_transposed(list(layer))
         return reference.stack(bfloat16_torch.lstm, x, states, weights)
     if x.dtype in (torch.bfloat16, torch.float16):
-        explain_once(
-            f"torch: of this model in {str(x.dtype).removeprefix('torch.')} "
-            "the LSTMs run in float32, so that their cell states add up."
-        )
+        if x.numel():  # what is empty says nothing of others
+            explain_once(
+                f"torch: of this model in {str(x.dtype).removeprefix('torch.')}"
+                " the LSTMs run in float32, so that their cell states add up."
+            )
         y, ends = lstm_stack(
             x.float(),
             [tuple(s.float() for s in state) for state in states],
