@@ -581,7 +581,7 @@ MEASURED: dict[str, tuple[Measured, ...]] = {
     "small": _measured(  # on python-docs of Python 3.11.7
         "1 core of an AMD EPYC",
         jax=(29.93, 34.72, 2.6),
-        torch=(30.72, 36.34, 3.1),
+        torch=(30.36, 35.74, 1.6),
         tensorflow=(30.54, 35.72, 2.2),
     ),
     "zaremba_small": _measured(
