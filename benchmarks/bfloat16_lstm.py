@@ -10,14 +10,11 @@ on random words, under the policies float32 and mixed_bfloat16. All take turns.
 """
 
 import argparse
-import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np

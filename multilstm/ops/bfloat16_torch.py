@@ -11,7 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from multilstm.ops.evidence import note_kernel
 
-_LSTM = 2  # among the kinds of recurrent layers that ATen numbers
+# ATen's words for one layer in one direction, time before batch.
+_FORM: dict[str, Any] = {
+    "reverse": False,
+    "batch_sizes": [],
+    "mode": 2,  # an LSTM, among its kinds of recurrent layers
+    "num_layers": 1,
+    "has_biases": True,
+    "bidirectional": False,
+    "batch_first": False,
+}
 # oneDNN adds to the gradient of the matrices at every time step, which is
 # slow once that does not stay in a cache. Measured on two cores of an EPYC of
 # Zen 5 (benchmarks/bfloat16_lstm.py): 800 units are faster by oneDNN, 1,150
@@ -79,16 +88,7 @@ class _OneDNN(torch.autograd.Function):
         # Without gradients it makes no workspace, whatever `train` is.
         with torch.set_grad_enabled(train):
             y, h, c, workspace = torch.ops.aten.mkldnn_rnn_layer.default(
-                *inputs,
-                reverse=False,
-                batch_sizes=[],
-                mode=_LSTM,
-                hidden_size=h0.shape[1],
-                num_layers=1,
-                has_biases=True,
-                bidirectional=False,
-                batch_first=False,
-                train=train,
+                *inputs, hidden_size=h0.shape[1], train=train, **_FORM
             )
         ctx.save_for_backward(*inputs, y, h, c, workspace)
         return y, h[0], c[0]
@@ -103,16 +103,10 @@ class _OneDNN(torch.autograd.Function):
                 dy.contiguous(),
                 dh[None],
                 dc[None],
-                reverse=False,
-                mode=_LSTM,
                 hidden_size=dh.shape[1],
-                num_layers=1,
-                has_biases=True,
                 train=True,
-                bidirectional=False,
-                batch_sizes=[],
-                batch_first=False,
                 workspace=workspace,
+                **_FORM,
             )
         )
         d_weights = (d_kernel.T, d_recurrent.T, d_bias)
