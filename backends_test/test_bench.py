@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 
-from multilstm import PRESETS, choices, devices, selection
+from multilstm import PRESETS, benchmark, choices, devices, selection
 from multilstm import bench as bench_module
 from multilstm.__main__ import main
 from multilstm.bench import (
@@ -335,6 +335,35 @@ def test_processes_that_differ_are_noise():
     assert [record["rank"] for record in records] == [1, 2]
 
 
+def test_processes_are_compared_with_those_beside_them():
+    """A machine that slows down from process to process hides nothing.
+
+    Measured on two cores: the first torch is faster than the last tensorflow.
+    """
+    records = [
+        timed(
+            "torch",
+            windows_ms=[
+                [300.4, 300.6, 300.1],
+                [353.0, 310.3, 310.7],
+                [325.5, 318.3, 315.3],
+            ],
+        ),
+        timed(
+            "tensorflow",
+            windows_ms=[
+                [279.9, 280.2, 293.9],
+                [294.2, 290.2, 286.9],
+                [311.2, 303.0, 285.2],
+            ],
+        ),
+    ]
+    records[0]["step_time_ms"] = {"median": 310.7}
+    records[1]["step_time_ms"] = {"median": 290.2}
+    rank(records)
+    assert [record["rank"] for record in records] == [2, 1]
+
+
 # Real processes. The names of all three backends run the one that is here.
 
 REAL = """
@@ -428,6 +457,49 @@ def own_model(tmp_path):
         ]
     ).save(path)
     return path
+
+
+def test_what_an_embedding_takes_is_drawn_as_word_ids():
+    """Though Keras declares float32 where no `keras.Input` says otherwise."""
+    model = keras.Sequential(
+        [keras.layers.Embedding(20, 4), keras.layers.Dense(3)]
+    )
+    model.build((None, None))
+    inputs, targets = benchmark.draw_batches(model, 40, 5)
+    assert inputs.shape == (40, 5)
+    assert inputs.dtype == np.int32
+    assert set(inputs.ravel()) == set(range(20))
+    assert targets.shape == (40, 5, 3)
+
+
+def test_numbers_and_word_ids_go_where_they_belong():
+    words = keras.Input((None,), name="words")
+    numbers = keras.Input((3,), name="numbers")
+    embedded = keras.layers.Embedding(7, 4)(words)
+    model = keras.Model([words, numbers], [embedded, numbers])
+    inputs, _ = benchmark.draw_batches(model, 30, 5)
+    of_words, of_numbers = inputs.values()
+    assert set(of_words.ravel()) == set(range(7))
+    assert of_numbers.dtype == np.float32
+
+
+def test_a_window_takes_no_more_memory_than_is_told(own_model, monkeypatch):
+    """Its batches come again instead: 12 steps of four batches."""
+    worker = Worker()
+    worker.backend = BACKEND
+    sizes = {"batch_size": 3, "sequence_length": 4}
+    num_bytes = 3 * 4 * 4 * (1 + 2)  # of a batch: ids and two numbers each
+    monkeypatch.setattr(benchmark, "MODEL_DATA_LIMIT", 5 * num_bytes)
+    worker.prepare_model(str(own_model), steps=12, **sizes)
+    inputs, targets, times = worker.window
+    assert (len(inputs), len(targets), times) == (12, 12, 3)
+    _, train = worker.make("as_it_is")
+    before = int(worker.model_file.optimizer.iterations)
+    train(worker.window)
+    assert int(worker.model_file.optimizer.iterations) == before + 12
+    monkeypatch.setattr(benchmark, "MODEL_DATA_LIMIT", 1)
+    worker.prepare_model(str(own_model), steps=12, **sizes)
+    assert [len(worker.window[0]), worker.window[2]] == [3, 12]
 
 
 def test_own_model_is_timed_as_it_is_and_accelerated(own_model, tmp_path):
@@ -692,6 +764,31 @@ def test_doctor_tries_the_kernel_that_really_runs(tmp_path):
     assert found["advice"][-1].endswith("multilstm choose")
 
 
+@pytest.mark.parametrize(
+    ("driver", "advised"),
+    [
+        (None, "names: pip install jax; pip install tensorflow"),
+        (
+            "580.1",
+            "names: pip install 'jax[cuda13]'; pip install "
+            "'tensorflow[and-cuda]'",
+        ),
+    ],
+)
+def test_beside_a_gpu_backends_are_to_be_installed_for_it(
+    driver, advised, monkeypatch
+):
+    monkeypatch.setattr(devices, "device_and_driver", lambda: ("Chip", driver))
+    found = [
+        {"backend": "jax", "installed": False},
+        {"backend": "torch", "installed": True, "reason": "ImportError"},
+        {"backend": "tensorflow", "installed": False},
+    ]
+    assert advised in advise(found, driver)[1]
+    for backend in ("jax", "torch", "tensorflow"):
+        assert "uninstall" not in devices.how_to_install(backend)
+
+
 def test_doctor_says_what_to_do():
     healthy = {
         "backend": "jax",
@@ -820,7 +917,8 @@ def test_choice_for_a_precision_is_taken_where_it_is_asked_for(
 
 
 def test_run_that_goes_on_is_looked_up_by_its_own_sizes(tmp_path):
-    from multilstm.__main__ import Train, _what_to_train
+    from multilstm.__main__ import _what_to_train
+    from multilstm.options import Train
 
     run = tmp_path / "run"
     config = {
@@ -853,7 +951,7 @@ def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("multilstm.__main__.write_json", full)
+    monkeypatch.setattr("multilstm.commands.write_json", full)
     python = ["--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "1"]
     assert main(["bench", *python, "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
@@ -880,6 +978,10 @@ def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
         (
             ["choose", "--results", "b.json", "--dtype", "bfloat16"],
             "--dtype would do nothing beside --results",
+        ),
+        (
+            ["choose", "--results", "b.json", "--processes", "5"],
+            "--processes would do nothing beside --results",
         ),
         (["choose", "--preset", "nothing"], "nothing"),
         (["report", "nowhere.json"], "nowhere.json is needed"),

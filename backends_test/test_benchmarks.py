@@ -28,7 +28,8 @@ def run(*arguments, script=SCRIPT):
 def test_ours_keras_and_a_native_loop_have_the_same_losses(tmp_path):
     """Five steps of Adam from the same weights, for a loss within 1e-3."""
     out = tmp_path / "result.json"
-    variants = ["ours", "stock_tutorial", "stock_competent", "native"]
+    keras_ones = ["ours", "our_layer", "stock_tutorial", "stock_competent"]
+    variants = [*keras_ones, "native"]
     sizes = ["--units", "5", "6", "--rounds", "1", "--steps", "2"]
     done = run(
         *("--shapes", "tiny", *sizes, "--out", out, "--variants", *variants)

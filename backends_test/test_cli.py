@@ -245,6 +245,14 @@ def test_methods_of_another_command_are_kept_where_they_compare(
     assert "adapted.json cannot be read" in err
 
 
+def test_what_only_adapting_takes_is_refused_without(command, run_folder):
+    status, _, err = command("evaluate", run_folder, "--num-samples", 3)
+    assert status == 1
+    assert err == (
+        "error: --num-samples would do nothing without --adapt. Leave it out.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

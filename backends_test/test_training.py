@@ -476,6 +476,23 @@ def test_clock_that_goes_back_changes_nothing(train, whole, monkeypatch):
     assert all(row["seconds"] > 0 for row in result["history"])
 
 
+def test_gpu_that_is_not_seen_is_told(train, monkeypatch, caplog):
+    def told(*, driver, seen):
+        monkeypatch.setattr(
+            training_module, "device_and_driver", lambda: ("Chip 9", driver)
+        )
+        monkeypatch.setattr(training_module, "has_gpu", lambda: seen)
+        caplog.clear()
+        train(f"{driver}-{seen}", epochs=1, precision="float32")
+        return [line for line in caplog.messages if "does not see" in line]
+
+    [line] = told(driver="580.1", seen=False)
+    backend = keras.config.backend()
+    assert line.startswith(f"{backend} does not see the Chip 9 that is here")
+    assert "Install its CUDA form: pip" in line
+    assert told(driver=None, seen=False) == []
+
+
 def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     result = train(preset="tiny_wild", learning_rate=3e3, retries=20, epochs=1)
     times = sum("This is done now" in line for line in caplog.messages)

@@ -80,6 +80,7 @@ def _load(name: str) -> Any:
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
+        from multilstm.devices import how_to_install
         from multilstm.errors import UserError
         from multilstm.selection import BACKENDS, is_installed
 
@@ -94,7 +95,7 @@ def _load(name: str) -> Any:
                 f"Set KERAS_BACKEND to {' or '.join(others)} before Python "
                 "starts or first imports Keras."
                 if others
-                else f"Install it with: pip install {absent}"
+                else f"Install it: {how_to_install(absent)}"
             )
         ) from error
 

@@ -11,6 +11,7 @@ same batches:
     stock_tutorial   the classic tutorial's layers in stock Keras: softmax
                      and accuracy over all words (targets are ids already)
     stock_competent  stock Keras as its guides advise: logits, no metric
+    our_layer        the same with `multilstm.layers.LSTM` in it
     native           the framework's own loop, no Keras (`native_loops.py`)
     native_compiled  the same under torch.compile, or under XLA; on JAX the
                      cuDNN LSTM
@@ -40,11 +41,12 @@ from multilstm import devices, native_loops
 from multilstm.errors import UserError
 from multilstm.selection import installed_versions
 
-KERAS_VARIANTS = ("ours", "stock_tutorial", "stock_competent")
+KERAS_VARIANTS = ("ours", "our_layer", "stock_tutorial", "stock_competent")
 CHECK_STEPS = 5
 PRODUCT_SECONDS = 0.2  # of plain products each time
 TRIAL_SIZE = (20, 30, 500)  # batch, time, units, and as many features
 MODEL_FILE_LIMIT = 4 * 10**9  # bytes
+MODEL_DATA_LIMIT = 1 << 28  # bytes of inputs and targets, 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +108,16 @@ def our_model(shape: Shape) -> Any:
     return model
 
 
-def stock_model(shape: Shape, *, as_tutorial: bool) -> Any:
+def stock_model(shape: Shape, *, variant: str) -> Any:
     import keras
     from keras import layers
 
+    import multilstm.layers
+
+    as_tutorial = variant == "stock_tutorial"
+    lstm = layers.LSTM
+    if variant == "our_layer":
+        lstm = multilstm.layers.LSTM
     embedding = layers.Embedding(shape.vocabulary_size, shape.embedding_dim)
     projection = layers.Dense(shape.vocabulary_size)
     if shape.tied:
@@ -120,7 +128,7 @@ def stock_model(shape: Shape, *, as_tutorial: bool) -> Any:
         [
             layers.Input((shape.sequence_length,), dtype="int32"),
             embedding,
-            *(layers.LSTM(u, return_sequences=True) for u in shape.units),
+            *(lstm(units, return_sequences=True) for units in shape.units),
             projection,
             *([layers.Activation("softmax")] if as_tutorial else []),
         ]
@@ -162,7 +170,7 @@ def keras_loop(
     if variant == "ours":
         model = our_model(shape)
     else:
-        model = stock_model(shape, as_tutorial=variant == "stock_tutorial")
+        model = stock_model(shape, variant=variant)
     model.set_weights(weights)
 
     def train(window: Any) -> float:
@@ -258,6 +266,8 @@ class Worker:
         self.sizes = shape = Shape(**sizes)
         self.weights = native_loops.draw_weights(shape)
         token_ids = native_loops.draw_token_ids(shape, steps)
+        self.window_of_one: Any
+        self.window: Any
         self.window_of_one, self.window = (
             NextWordWindows(ids, shape.sequence_length, shape.batch_size)
             for ids in (token_ids[: shape.tokens + 1], token_ids)
@@ -280,15 +290,22 @@ class Worker:
         keras.utils.clear_session(free_memory=True)
         forget_peak(self.backend)
         self.model_file = load_model(Path(path))
-        batches = draw_batches(
-            self.model_file, steps * batch_size, sequence_length
+        one = draw_batches(self.model_file, batch_size, sequence_length)
+        size = sum(array.nbytes for array in keras.tree.flatten(one))
+        # So many batches that each is in a window as often as the others.
+        fitting = [
+            number
+            for number in range(1, steps + 1)
+            if steps % number == 0 and number * size <= MODEL_DATA_LIMIT
+        ]
+        number = max(fitting, default=1)
+        several = draw_batches(
+            self.model_file, number * batch_size, sequence_length
         )
         self.batch_size = batch_size
-        self.window = batches
-        self.window_of_one = keras.tree.map_structure(
-            lambda array: array[:batch_size], batches
-        )
-        first = keras.tree.flatten(batches)[0]
+        self.window_of_one = (*one, 1)
+        self.window = (*several, steps // number)
+        first = keras.tree.flatten(one)[0]
         return {
             "steps_in_a_row": first.shape[1] if first.ndim > 1 else 1,
             "is_random": any(
@@ -329,7 +346,7 @@ class Worker:
         checked = time.perf_counter()
         train(self.window)
         self.loops[variant] = train
-        is_ours = variant in ("ours", "accelerated")
+        is_ours = variant in ("ours", "our_layer", "accelerated")
         return {
             "kernel": our_kernel() if is_ours else kernel,
             "losses": losses,
@@ -498,8 +515,14 @@ def model_loop(model: Any, variant: str, batch_size: int) -> tuple[str, Any]:
     model.compile(keras.optimizers.Adam(1e-3), "mse")
 
     def train(window: Any) -> float:
+        inputs, targets, epochs = window
         history = model.fit(
-            *window, batch_size=batch_size, shuffle=False, verbose=0
+            inputs,
+            targets,
+            epochs=epochs,
+            batch_size=batch_size,
+            shuffle=False,
+            verbose=0,
         )
         keras.ops.convert_to_numpy(model.trainable_variables[-1])  # waits
         return float(history.history["loss"][-1])
@@ -550,7 +573,11 @@ def load_model(path: Path) -> Any:
 
 
 def draw_batches(model: Any, rows: int, sequence_length: int) -> Any:
-    """Random inputs as a model declares them, and random targets."""
+    """Random inputs as a model declares them, and random targets.
+
+    Where an `Embedding` takes an input they are word ids, whatever it
+    declares: Keras declares float32 for a `Sequential` that begins with one.
+    """
     import keras
 
     if not getattr(model, "inputs", None):
@@ -559,15 +586,21 @@ def draw_batches(model: Any, rows: int, sequence_length: int) -> Any:
             "its inputs; this one does not. Save it with a keras.Input."
         )
     rng = np.random.default_rng(4)
-    words = [
-        layer.input_dim
+    embeddings = [
+        layer
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.Embedding)
     ]
     inputs: dict[str, Any] = {}
     for tensor in model.inputs:
         size = [rows, *(side or sequence_length for side in tensor.shape[1:])]
-        if "int" in str(tensor.dtype):
+        words = [
+            layer.input_dim
+            for layer in embeddings
+            if getattr(layer, "input", None) is tensor
+        ]
+        if words or "int" in str(tensor.dtype):
+            words = words or [layer.input_dim for layer in embeddings]
             drawn = rng.integers(min(words, default=2), size=size)
             inputs[tensor.name] = drawn.astype(np.int32)
         else:

@@ -10,6 +10,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+CUDA_FORMS = {
+    "jax": "pip install 'jax[cuda13]'",
+    "torch": "pip uninstall torch, then the command that pytorch.org gives",
+    "tensorflow": (
+        "pip uninstall tensorflow-cpu, then pip install 'tensorflow[and-cuda]'"
+    ),
+}
+
+
+def how_to_install(backend: str) -> str:
+    """How to get a backend that sees the GPU, where there is one."""
+    if device_and_driver()[1] is None:
+        return f"pip install {backend}"
+    # Without what there is to be uninstalled.
+    return CUDA_FORMS[backend].rpartition(", then ")[-1]
+
 
 def processor_name() -> str:
     """The processor's name."""

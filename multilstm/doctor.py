@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from multilstm.benchmark import WorkerError
-from multilstm.devices import device_and_driver
+from multilstm.devices import CUDA_FORMS, device_and_driver, how_to_install
 from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
 
-CUDA_FORMS = {
-    "jax": "pip install 'jax[cuda13]'",
-    "torch": "pip uninstall torch, then the command that pytorch.org gives",
-    "tensorflow": (
-        "pip uninstall tensorflow-cpu, then pip install 'tensorflow[and-cuda]'"
-    ),
-}
 DOCTOR_SCHEMA = "multilstm-doctor-1"
 # Of the trial's outputs and gradients, relative to the largest. Seen in
 # float32: 2e-6. TF32 gives 5e-4, a swapped gate 1.
@@ -68,7 +61,10 @@ def _examine(
         "kernel": None,
     }
     if python is None:
-        record["reason"] = f"pip install {backend}"
+        record["reason"] = (
+            f"name its Python with --python {backend}=PATH, or "
+            f"{how_to_install(backend)}"
+        )
         return record
     record["python"] = str(python)
     try:
@@ -124,13 +120,14 @@ def advise(records: list[dict[str, Any]], driver: str | None) -> list[str]:
             )
     missing = [r["backend"] for r in records if not r["installed"]]
     if len(missing) == len(records):
-        return ["Install a backend: pip install jax"]
+        return [f"Install a backend: {how_to_install('jax')}"]
     if not advice:
         advice.append("What is installed works, each with its fast LSTM.")
     if missing:
+        commands = "; ".join(map(how_to_install, missing))
         advice.append(
-            f"To have more to choose from: pip install {' '.join(missing)} "
-            "(in an environment for each, if their requirements disagree)."
+            "To have more to choose from, in an environment for each whose "
+            f"Python --python names: {commands}"
         )
     advice.append("To know which is fastest for your model: multilstm choose")
     return advice

@@ -27,6 +27,7 @@ from multilstm.selection import BACKENDS, COMPARISON_SCHEMA
 SCHEMAS = (BENCH_SCHEMA, COMPARISON_SCHEMA)
 NAMES = {
     "ours": "multilstm",
+    "our_layer": "Keras, multilstm's layer",
     "stock_competent": "stock Keras",
     "stock_tutorial": "stock Keras, tutorial",
     "native": "native loop",

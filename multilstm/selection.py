@@ -18,7 +18,7 @@ from typing import Any
 
 from multilstm import __version__
 from multilstm.choices import find_choice, shape_class, why_stale
-from multilstm.devices import device_and_driver
+from multilstm.devices import device_and_driver, how_to_install
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, write_json
 from multilstm.presets import MEASURED, PRESETS
@@ -80,8 +80,9 @@ def select_backend(
         )
     if not is_installed(backend):
         raise UserError(
-            f"{reason} names {backend}, which is not installed. Install it "
-            f"with: pip install {backend}"
+            f"{reason} names {backend}, which is not installed here. Give the "
+            "command in an environment that has it, or install it: "
+            f"{how_to_install(backend)}"
         )
     os.environ["KERAS_BACKEND"] = backend
     # TensorFlow's start-up messages; a user's own level is left alone.
@@ -217,8 +218,8 @@ def _named_by_keras_or_installed() -> tuple[str, str]:
         if is_installed(backend):
             return backend, f"the first installed of {', '.join(BACKENDS)}"
     raise UserError(
-        "Keras needs a backend and none is installed. Install one with: pip "
-        "install jax (or torch, tensorflow)."
+        "Keras needs a backend and none is installed. Install one of: "
+        f"{'; '.join(map(how_to_install, BACKENDS))}"
     )
 
 

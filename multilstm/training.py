@@ -29,6 +29,7 @@ from multilstm.dataset import (
     VariableStreams,
     part_of_rows,
 )
+from multilstm.devices import CUDA_FORMS, device_and_driver
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluator
 from multilstm.failures import explaining_failures
@@ -202,6 +203,7 @@ def train(
     if devices is not None:
         check_count(devices)
     group = use_devices(devices)
+    _warn_of_unseen_gpu()
     folder = RunFolder(out or _default_folder(given), group)
     with explaining_failures():
         while True:
@@ -369,6 +371,20 @@ def _train_held(
 # Before training -----------------------------------------------------------
 
 
+def _warn_of_unseen_gpu() -> None:
+    name, driver = device_and_driver()
+    backend = keras.config.backend()
+    if driver is not None and not has_gpu():
+        logger.warning(
+            "%s does not see the %s that is here, and trains on the processor. "
+            "Install its CUDA form: %s (CUDA_VISIBLE_DEVICES=-1 says that the "
+            "processor is meant).",
+            backend,
+            name,
+            CUDA_FORMS[backend],
+        )
+
+
 def _default_folder(given: dict[str, Any]) -> Path:
     chosen = DEFAULTS | given
     corpus = Path(chosen["corpus"]).name
@@ -499,7 +515,7 @@ def _build(
 
 def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
     """Begins with the best weights of another run."""
-    trained, vocabulary, _ = load_run(run)
+    trained, vocabulary, config = load_run(run)
     shapes, needed = (
         [tuple(weight.shape) for weight in one.weights]
         for one in (trained, model)
@@ -507,8 +523,9 @@ def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
     if shapes != needed or vocabulary.words != data.vocabulary.words:
         raise UserError(
             "The run to start from must have the same architecture and "
-            f"vocabulary; {run} has others. Give a run of the same preset and "
-            "corpus."
+            f"vocabulary; {run}, {config['preset']} on {config['corpus']}, has "
+            f"others than {model.preset} on {data.name}. Give a run of the "
+            "same preset and corpus (--corpus)."
         )
     model.set_weights(trained.get_weights())
 
