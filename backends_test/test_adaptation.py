@@ -82,6 +82,15 @@ def test_temperature_divides_the_logits(tied, corpus, monkeypatch):
         )
 
 
+def test_temperature_of_a_model_in_bfloat16(corpus):
+    model = make_model(dtype="mixed_bfloat16")
+    text = read(model, corpus.valid)
+    nats = Temperature(model).nats(text, 1.0)
+    expected = evaluate(model, corpus.valid).cross_entropy
+    # The same products, of other sizes, of numbers with 8 bits.
+    np.testing.assert_allclose(nats.mean(), expected, rtol=1e-3)
+
+
 def test_dropout_average_without_dropout_is_plain_evaluation(corpus):
     model = make_model()
     text = read(model, corpus.valid)

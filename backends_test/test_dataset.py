@@ -453,15 +453,27 @@ def test_rotated_rows_begin_elsewhere_and_end_where_they_began():
         ({"std": -1.0}, "`std` must be 0 or more"),
         ({"half_share": 1.5}, "`half_share` from 0 to 1"),
         ({"bucket": 0}, "`bucket` must be an int"),
-        ({"bucket": 60}, "need at least 121 tokens; received 101"),
+        (
+            {"sequence_length": 60, "bucket": 60},
+            "need at least 121 tokens; received 101",
+        ),
     ],
 )
 def test_bad_settings_of_varying_lengths_are_told(settings, message):
+    sizes = {"sequence_length": 20, "batch_size": 2}
     with pytest.raises(UserError, match=message):
-        VariableStreams(np.arange(101), 20, 2, **settings)
+        VariableStreams(np.arange(101), **sizes | settings)
 
 
 def test_there_is_no_batch_after_the_last():
     streams = VariableStreams(np.arange(101), 20, 2)
     with pytest.raises(IndexError, match="There are 5 batches"):
         streams[5]
+
+
+def test_short_streams_have_the_length_that_they_were_asked_for():
+    """And not that of the bucket, with a rate in proportion to it."""
+    lengths = VariableStreams(np.arange(101), 3, 2, std=0.0).lengths
+    assert set(lengths[:-1]) <= {3}
+    lengths = VariableStreams(np.arange(101), 1, 2, std=0.0).lengths
+    assert set(lengths) == {1}

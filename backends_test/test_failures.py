@@ -83,9 +83,26 @@ def test_device_that_is_lost_is_explained():
     assert "\n" not in str(raised.value)
 
 
+def test_build_for_other_gpus_is_not_called_a_lost_one():
+    error = RuntimeError(
+        "CUDA error: no kernel image is available for execution on the device"
+    )
+    raises = pytest.raises(UserError, match="must be built for this GPU")
+    with raises as raised, explaining_failures():
+        raise error
+    assert not isinstance(raised.value, DeviceLostError)
+
+
 @pytest.mark.parametrize(
     "error",
-    [ZeroDivisionError("1 / 0"), ValueError("shape"), UserError("mend it")],
+    [
+        *(
+            ZeroDivisionError("1 / 0"),
+            ValueError("shape"),
+            UserError("mend it"),
+        ),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_other_errors_stay_as_they_are(error):

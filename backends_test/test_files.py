@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -207,6 +208,26 @@ def test_what_the_system_refuses_is_one_line(number, path, monkeypatch):
     assert str(path) in str(raised.value)
     assert path.read_text() == "old"
     assert names_beside(path) == [path.name]
+
+
+def test_folder_that_cannot_be_flushed_may_hold_files(path, monkeypatch):
+    """Some file systems refuse it, of folders alone."""
+    flush = os.fsync
+
+    def refuse(number):
+        def fsync(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(number, os.strerror(number))
+            flush(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    refuse(errno.EINVAL)
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    refuse(errno.EIO)
+    with pytest.raises(WriteError, match=os.strerror(errno.EIO)):
+        write_text(path, "newer")
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path):

@@ -12,12 +12,13 @@ from multilstm import (
     LanguageModel,
     NextWordWindows,
     Perplexity,
+    evaluate,
     ops,
 )
 from multilstm import model as model_module
 from multilstm.dataset import RowStarts, VariableStreams
 from multilstm.errors import UserError
-from multilstm.optimizers import SGD
+from multilstm.optimizers import SGD, Adam
 from multilstm.projection import Projection
 
 BACKEND = keras.config.backend()
@@ -977,3 +978,164 @@ def test_large_text_stays_where_it_is(rng, monkeypatch):
     np.testing.assert_allclose(perplexities, expected, rtol=1e-5)
     for weight, truth in zip(weights, expected_weights, strict=True):
         np.testing.assert_allclose(weight, truth, rtol=1e-4, atol=1e-6)
+
+
+# What Keras's users do -------------------------------------------------------
+
+
+def test_metrics_of_an_earlier_compile_are_gone(rng):
+    """Keras keeps them; they would be of features, as no logits are made."""
+    streams = ContinuousStreams(text(rng, 41), 5, 2, drop_remainder=True)
+    model = small_model()
+    model.compile("sgd", metrics=["accuracy"])
+    assert "accuracy" in model.fit(streams, verbose=0).history
+    model.compile("sgd")
+    assert {*model.fit(streams, verbose=0).history} == {"loss", "perplexity"}
+
+
+@pytest.mark.parametrize("name", ["metrics", "weighted_metrics"])
+def test_an_empty_list_of_metrics_is_none(rng, name):
+    streams = ContinuousStreams(text(rng, 41), 5, 2, drop_remainder=True)
+    model = small_model()
+    model.compile("sgd", **{name: []})
+    assert {*model.fit(streams, verbose=0).history} == {"loss", "perplexity"}
+
+
+def test_loss_of_an_earlier_compile_is_gone(rng):
+    streams = ContinuousStreams(text(rng, 41), 5, 2, drop_remainder=True)
+    model = small_model()
+    model.compile("sgd", "mse")
+    model.compile("sgd")
+    assert {*model.fit(streams, verbose=0).history} == {"loss", "perplexity"}
+
+
+def test_perplexity_is_measured_before_training():
+    model = LanguageModel(V, units=6, initializer_scale=1e-6)
+    ids = np.arange(50, dtype=np.int32) % V
+    # All words are as likely.
+    assert evaluate(model, ids).perplexity == pytest.approx(V, rel=1e-4)
+    carrying = small_model(carry_state=True)
+    with pytest.raises(UserError, match=r"must be built before it is evaluat"):
+        evaluate(carrying, ids)
+
+
+def test_copy_of_a_carrying_model_carries_too(rng):
+    model = small_model(carry_state=True)
+    model.build((3, 4))
+    ids = text(rng, 12).reshape(3, 4)
+    copy, single = model.copy(), model.copy(batch_size=1)
+    np.testing.assert_array_equal(numpy(copy(ids)), numpy(model(ids)))
+    second = numpy(model(ids))  # from the state after the first
+    np.testing.assert_array_equal(numpy(copy(ids)), second)
+    single(ids[:1])
+    np.testing.assert_allclose(numpy(single(ids[:1])), second[:1], **CLOSE)
+    with pytest.raises(UserError, match=r"copy\(batch_size=1\)"):
+        model(ids[:1])
+
+
+def test_batches_of_a_subclass_are_its_own(rng):
+    """Of which `fit` otherwise reads only where the rows begin."""
+
+    class Silent(ContinuousStreams):
+        def __getitem__(self, index):
+            inputs, targets = super().__getitem__(index)
+            return inputs, targets, np.zeros(targets.shape, np.float32)
+
+    class Windows(NextWordWindows):
+        num_epochs = 0
+
+        def on_epoch_end(self):
+            self.num_epochs += 1
+
+    ids = text(rng, 41)
+    streams = Silent(ids, 5, 2, drop_remainder=True)
+    assert not streams.is_sliced
+    model = small_model()
+    model.compile(SGD(1.0))
+    model.build((2, 5))
+    before = model.get_weights()
+    model.fit(streams, verbose=0)
+    for weight, kept in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, kept)
+    windows = Windows(ids, 5, 2)
+    model.fit(windows, epochs=3, verbose=0)
+    assert windows.num_epochs >= 3  # Keras calls it once more at the end
+    assert ContinuousStreams(ids, 5, 2, drop_remainder=True).is_sliced
+
+
+def test_sizes_may_be_numpys(ids):
+    model = LanguageModel(ids.max() + 1, units=6, embedding_dim=np.int64(4))
+    assert numpy(model(ids)).shape == (3, 5, ids.max() + 1)
+
+
+def test_last_batch_of_one_step_has_no_difference_to_regularize(rng):
+    """Its length is known only at run time."""
+    streams = VariableStreams(text(rng, 20), 9, 1, std=0.0, bucket=1)
+    assert streams.lengths.tolist() == [9, 9, 1]
+    model = small_model(temporal_activation_regularization=1.0)
+    model.compile(SGD(0.1))
+    [loss] = model.fit(streams, verbose=0).history["loss"]
+    assert np.isfinite(loss)
+
+
+def test_what_does_not_count_may_be_no_word(ids):
+    """In the perplexity that Keras keeps as a metric, of logits."""
+    model = small_model()
+    logits, weights = model(ids), np.ones(ids.shape, np.float32)
+    weights[:, 3:] = 0
+    metric = Perplexity()
+    metric.update_state(np.where(weights == 0, -1, ids), logits, weights)
+    expected = Perplexity()
+    expected.update_state(ids[:, :3], logits[:, :3])
+    assert float(metric.result()) == pytest.approx(float(expected.result()))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 7.0])
+def test_weights_of_words_count_by_their_shares(rng, scale):
+    ids = rng.integers(V, size=(2, 5)).astype(np.int32)
+    weights = rng.uniform(0.5, 1, size=(2, 4)).astype(np.float32)
+
+    def loss(weights):
+        model = small_model()
+        model.compile(SGD(0.1))
+        found = model.train_on_batch(
+            ids[:, :-1], ids[:, 1:], sample_weight=weights
+        )
+        return float(np.ravel(found)[0]), float(model.perplexity.result())
+
+    np.testing.assert_allclose(loss(scale * weights), loss(weights), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            "float64",
+            marks=pytest.mark.skipif(
+                BACKEND == "jax",
+                reason="JAX has float64 only where it is told to",
+            ),
+        ),
+        "bfloat16",
+    ],
+)
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_weights_of_another_dtype_train(rng, dtype, kind):
+    ids = rng.integers(V, size=(4, 9)).astype(np.int32)
+    losses = []
+    for policy in ("float32", dtype):
+        model = small_model(dtype=policy)
+        model.compile(kind(0.1, global_clipnorm=0.5))
+        found = [
+            model.train_on_batch(ids[:, :-1], ids[:, 1:]) for _ in range(5)
+        ]
+        assert {v.dtype for v in model.trainable_variables} == {policy}
+        losses.append(np.reshape(found, (5, -1))[:, 0])
+    if (kind, dtype) == (Adam, "bfloat16"):
+        # Where 0.999 is 1 Keras's own Adam stands still.
+        assert losses[1][-1] <= losses[1][0] + 0.02
+        return
+    assert losses[1][-1] < losses[1][0]
+    # bfloat16 has 8 bits, for weights too.
+    tolerance = 1e-4 if dtype == "float64" else 0.03
+    np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)

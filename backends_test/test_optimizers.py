@@ -52,6 +52,20 @@ def prepare(request):
     return prepare
 
 
+def test_averaging_may_start_before_the_first_step(start, gradients):
+    optimizer = SGD(0.5, averages=True)
+    assert not optimizer.has_averages
+    with optimizer.averaged_weights():  # none: the weights stay
+        pass
+    optimizer.start_averaging()
+    reached = run(optimizer, gradients, start)
+    np.testing.assert_allclose(
+        numpy(optimizer.averages_of[0][0]), np.mean(reached, axis=0), **CLOSE
+    )
+    with pytest.raises(UserError, match="averages=True"):
+        SGD(0.5).start_averaging()
+
+
 def test_sgd_adds_l2_to_the_clipped_gradient(start, gradients, prepare):
     optimizer = prepare(SGD(0.5, global_clipnorm=0.4, l2=0.1))
     weight = start.astype(np.float64)

@@ -195,6 +195,17 @@ def test_bar_shows_perplexity_speed_and_time_left(clock, capsys):
 
 
 @pytest.mark.usefixtures("terminal")
+def test_time_left_counts_whole_epochs_where_one_goes_on(clock, capsys):
+    bar = ProgressBar(tokens_per_step=700, epochs=3)
+    begin(bar)  # of the 10 steps that are left of 100
+    bar.whole_epoch = 100
+    bar.on_epoch_begin(1)
+    pass_steps(bar, clock, [0.5] * 4)
+    bar.close()
+    assert "left 0:53" in capsys.readouterr().err  # 6 and 100 steps
+
+
+@pytest.mark.usefixtures("terminal")
 def test_bar_is_drawn_four_times_a_second_at_most(clock, monkeypatch):
     bar = ProgressBar(tokens_per_step=700, epochs=3)
     begin(bar)

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import signal
+import sys
 import threading
 import zipfile
 
@@ -536,6 +538,55 @@ def test_history_is_one_csv_row_an_epoch(folder):
         "1,300.0,200.0",
         "2,150.0,160.5",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_weights_that_the_disk_has_no_room_for_are_one_line(folder):
+    """Whichever byte it is: HDF5 itself crashed for one of the last ones."""
+    import resource
+
+    model = make_model(units=20_000)
+    folder.save_best_weights(model, 1, 9.0)
+    before = folder.best_weights.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        size = len(before)
+        for room in (size // 2, *range(size - 8_000, size, 400)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(WriteError, match="File too large"):
+                folder.save_best_weights(model, 2, 8.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert folder.best_weights.read_bytes() == before
+    assert folder.describe_best_weights()["epoch"] == 1
+
+
+def test_what_h5py_says_of_a_full_disk_is_one_line(folder):
+    """As it was seen, in the words that it had."""
+
+    class Model:
+        def count_params(self):
+            return 5
+
+        def save_weights(self, path, overwrite):
+            raise RuntimeError(
+                "Disable slist on flush dest failure failed (file write "
+                "failed: time = Thu, filename = 'x.h5', file descriptor = 3, "
+                "errno = 28, error message = 'No space left on device')"
+            )
+
+    with pytest.raises(WriteError, match="written: No space left on device"):
+        folder.save_best_weights(Model(), 1, 9.0)
+    assert not folder.best_weights.exists()
+
+
+def test_name_with_dollars_is_no_mathematics(tmp_path):
+    folder = RunFolder(tmp_path / "$model_$rate")
+    folder.path.mkdir()
+    folder.write_curves(HISTORY)
+    assert folder.curves.stat().st_size > 1000
 
 
 def test_curves_show_the_figures_of_each_run():

@@ -376,12 +376,13 @@ def test_second_process_is_refused_and_told_of_the_first(
 ):
     """The lock is of a file that is open, whichever process opened it."""
     message = re.escape(f"trained by process {os.getpid()} on ") + ".*, since "
-    held = []
+    save, held = RunFolder.save_checkpoint, []
 
     def train_there(self, model, reached):
         with pytest.raises(UserError, match=message):
             train(resume=True)
         held.append(reached)
+        save(self, model, reached)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_checkpoint", train_there)
@@ -499,6 +500,17 @@ def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     assert 0 < times < 20
     assert result["learning_rate"] == 3e3 / 2**times
     assert math.isfinite(result["test_perplexity"])
+
+
+def test_halved_rate_stays_where_the_command_is_given_again(train, caplog):
+    command = {"preset": "tiny_wild", "learning_rate": 3e3, "retries": 20}
+    halved = train(**command, epochs=1)["learning_rate"]
+    again = train(**command, epochs=2, resume=True)
+    assert again["learning_rate"] <= halved
+    assert f"The learning rate stays {halved:g}" in caplog.text
+    command["learning_rate"] = halved / 3
+    other = train(**command, epochs=3, resume=True)
+    assert other["learning_rate"] == halved / 3
 
 
 @pytest.mark.parametrize(("stopped", "times"), [(False, 3), (True, 1)])
@@ -726,7 +738,60 @@ def test_result_is_made_where_only_that_was_missing(train, tmp_path):
     assert again["test_perplexity"] == expected["test_perplexity"]
 
 
+def test_result_is_of_the_options_that_the_run_has_now(train, tmp_path):
+    """Which end a run that had no more time."""
+    first = train(epochs=3, minutes=1e-6)
+    assert (first["epochs"], first["is_out_of_time"]) == (1, True)
+    again = train(epochs=1, resume=True)
+    changed = {"epochs_planned": 1, "is_out_of_time": False}
+    assert again == first | changed
+    file = tmp_path / "run" / "result.json"
+    assert json.loads(file.read_text()) == again
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = train("moved", resume=True)
+    assert moved == again | {"run": str(tmp_path / "moved")}
+
+
+def test_kernel_is_that_of_training(train, monkeypatch):
+    """Validation may run another one, where it is in float32."""
+    kernels = iter(["trains", "validates"])
+    monkeypatch.setattr(keeper_module, "last_kernel", lambda: next(kernels))
+    assert train(epochs=1)["kernel"] == "trains"
+
+
 # Runs that go wrong
+
+
+def test_run_whose_checkpoint_is_gone_is_not_begun_anew(train, tmp_path):
+    train(epochs=2)
+    folder = RunFolder(tmp_path / "run")
+    best = folder.best_weights.read_bytes()
+    shutil.rmtree(folder.checkpoint.parent)
+    with pytest.raises(UserError, match=r"last\.npz, which is gone"):
+        train(epochs=3, resume=True)
+    assert folder.best_weights.read_bytes() == best
+    folder.result.unlink()
+    if folder.describe_best_weights()["epoch"] > 1:
+        with pytest.raises(UserError, match="which is gone"):
+            train(epochs=3, resume=True)
+
+
+def test_run_killed_before_its_first_checkpoint_begins_anew(train, tmp_path):
+    expected = train(epochs=1)
+    folder = RunFolder(tmp_path / "run")
+    shutil.rmtree(folder.checkpoint.parent)
+    folder.result.unlink()
+    again = train(resume=True)
+    np.testing.assert_allclose(
+        again["test_perplexity"], expected["test_perplexity"], **SAME
+    )
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps_per_epoch"])
+def test_limits_of_keras_for_debugging_are_refused(name, train, monkeypatch):
+    monkeypatch.setattr(keras.config, name, lambda: 2)
+    with pytest.raises(UserError, match="KERAS_MAX_EPOCHS or"):
+        train()
 
 
 @pytest.mark.parametrize("good_epochs", [0, 1])

@@ -447,6 +447,7 @@ class _AtTemperature(keras.Model):
 
     def call(self, words: tuple[Any, Any, Any]) -> Any:
         features, targets, temperature = words
+        features = keras.ops.cast(features, self.projection.compute_dtype)
         return self.projection.negative_log_likelihood(
             features, targets, temperature=temperature
         )

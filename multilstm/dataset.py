@@ -117,7 +117,7 @@ class NextWordWindows(keras.utils.PyDataset):
     @property
     def is_sliced(self) -> bool:
         """Whether `row_starts` says all: inputs and targets are slices."""
-        return self.one_hot is None
+        return self.one_hot is None and _is_read_as(NextWordWindows, self)
 
     def row_starts(self, index: int) -> TokenIds:
         """Where in the text the rows of a batch begin, shape `(batch_size,)`.
@@ -220,7 +220,7 @@ class ContinuousStreams(keras.utils.PyDataset):
     @property
     def is_sliced(self) -> bool:
         """Whether `row_starts` says all: inputs and targets are slices."""
-        return self.drop_remainder
+        return self.drop_remainder and _is_read_as(ContinuousStreams, self)
 
     def row_starts(self, index: int) -> TokenIds:
         """Where in the text the rows of a batch begin, shape `(batch_size,)`.
@@ -275,8 +275,9 @@ class VariableStreams(keras.utils.PyDataset):
         batch_size: Number of rows.
         std: Standard deviation of the lengths, in steps.
         half_share: Of the batches, those around half the length, in 0..1.
-        bucket: Lengths are multiples of it; tokens at the end of the rows
-            that do not fill one are left out.
+        bucket: Lengths are multiples of it, or of `sequence_length` where
+            that is less; tokens at the end of the rows that do not fill one
+            are left out.
         rotates_rows: Whether each row begins at a place of its own, drawn
             too, and comes to its own beginning after its end (Press, 2019,
             arXiv:1903.04167). So other words are together in a batch in each
@@ -324,7 +325,7 @@ class VariableStreams(keras.utils.PyDataset):
         self.token_ids = _read_only(token_ids)
         self.sequence_length = _positive("sequence_length", sequence_length)
         self.batch_size = _positive("batch_size", batch_size)
-        bucket = _positive("bucket", bucket)
+        bucket = min(_positive("bucket", bucket), sequence_length)
         if not (std >= 0 and 0 <= half_share <= 1):
             raise UserError(
                 "`std` must be 0 or more and `half_share` from 0 to 1; "
@@ -386,6 +387,14 @@ def _draw_lengths(
     lengths = lengths[:num_batches]
     lengths[-1] -= ends[num_batches - 1] - total
     return lengths
+
+
+def _is_read_as(kind: type, batches: Any) -> bool:
+    """Whether a subclass of a user's leaves the batches what they are."""
+    names = ("__getitem__", "num_batches", "on_epoch_begin", "on_epoch_end")
+    return all(
+        getattr(type(batches), name) is getattr(kind, name) for name in names
+    )
 
 
 class RowStarts(keras.utils.PyDataset):

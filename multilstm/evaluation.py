@@ -179,6 +179,14 @@ class Evaluator:
                 raise UserError(
                     f"`{name}` must be at least 1; received {size}."
                 )
+        if not getattr(model, "built", True):
+            if getattr(model, "carry_state", False):
+                raise UserError(
+                    "A model that carries its state must be built before it "
+                    "is evaluated, for the rows that it is to train on; it is "
+                    "not. Call model.build((batch_size, sequence_length))."
+                )
+            model.build((None, None))
         self.model = model
         self.batch_size = batch_size
         self.sequence_length = sequence_length

@@ -26,6 +26,11 @@ _DEVICE_LOST = re.compile(
 )
 
 
+_WRONG_BUILD = re.compile(r"no kernel image|CUDA_ERROR_NO_BINARY_FOR_GPU")
+# Errors of CUDA that a fault of the program leads to.
+_FAULT = re.compile(r"device-side assert|invalid device ordinal")
+
+
 class OutOfMemoryError(UserError):
     """Model and batch do not fit into the memory of the device."""
 
@@ -71,6 +76,14 @@ def explain_failure(error: BaseException) -> UserError | None:
             "many words also --max-vocabulary or --softmax sampled. The last "
             "checkpoint, if there was one, is kept."
         )
+    if _WRONG_BUILD.search(str(error)):
+        return UserError(
+            f"The framework must be built for this GPU; it is not ({said}). "
+            "Install a build for it (multilstm doctor), or train on the "
+            "processor with CUDA_VISIBLE_DEVICES=-1."
+        )
+    if _FAULT.search(str(error)):
+        return None
     if _DEVICE_LOST.search(str(error)):
         return DeviceLostError(
             f"The device must last as long as the run; it failed ({said}). "

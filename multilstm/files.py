@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read with clear errors."""
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,10 @@ _BROKEN = (
     RuntimeError,  # JSON nested too deep, an encrypted npz
     *(SyntaxError, TypeError, OverflowError, tokenize.TokenError),  # headers
 )
+
+
+# What some file systems answer, of shared folders among others.
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextmanager
@@ -71,6 +76,9 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
     finally:
         os.close(handle)
 

@@ -21,7 +21,7 @@ from multilstm.errors import UserError
 from multilstm.evaluation import Evaluation, Evaluator
 from multilstm.launch import was_orphaned
 from multilstm.model import LanguageModel
-from multilstm.ops import Devices, sync_variables
+from multilstm.ops import Devices, last_kernel, sync_variables
 from multilstm.presets import Preset
 from multilstm.run_folder import History, Progress, RunFolder
 
@@ -94,6 +94,7 @@ class Keeper(keras.callbacks.Callback):
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
+        self.kernel: str | None = None  # of the LSTM that trained last
         self.start_perplexity = folder.read_config().get(
             "start_valid_perplexity", math.inf
         )
@@ -175,10 +176,12 @@ class Keeper(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.num_batches < self.steps_per_epoch:  # asked to stop
+            self.kernel = last_kernel()
             self._save_checkpoint()
             if not self.folder.best_weights.exists():
                 self._save_best(0, math.inf)
             return
+        self.kernel = last_kernel()  # not that of the validation
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer
@@ -218,8 +221,8 @@ class Keeper(keras.callbacks.Callback):
         ):
             optimizer.start_averaging()
         self.folder.write_history(self.history)
-        self._draw_now_and_then()
         self._save_checkpoint()
+        self._draw_now_and_then()
         now = time.monotonic()
         # `seconds` has what was done of it before a run went on.
         took, self._turned = max(now - self._turned, seconds), now
@@ -296,6 +299,7 @@ class Keeper(keras.callbacks.Callback):
 
     def _stop_diverged(self, place: str, value: float) -> None:
         self.folder.wait_for_checkpoint()  # else it is not as told
+        self.devices.total(0)  # and ends with the processes that need not wait
         kept = "no epoch was completed before"
         if self.kept:
             kept = (

@@ -397,8 +397,9 @@ class _CarriedState(keras.layers.Layer):
         if batch_size not in (None, self.h.shape[0]):
             raise UserError(
                 f"The state is carried for {self.h.shape[0]} rows; received "
-                f"a batch of {batch_size}. Use the same batch size, or pass "
-                "`initial_state`."
+                f"a batch of {batch_size}. Use the same batch size, pass "
+                "`initial_state`, or take a LanguageModel's "
+                f"copy(batch_size={batch_size})."
             )
         if batch_size is None:  # TensorFlow, which knows it at run time
             check_rows(sequence, self.h.shape[0])

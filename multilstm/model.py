@@ -82,7 +82,7 @@ class Perplexity(keras.metrics.Metric):
         self.tokens.assign_add(ops.cast(tokens, self.dtype))
 
     def result(self) -> Any:
-        return ops.exp(self.nats / ops.maximum(self.tokens, 1.0))
+        return ops.exp(_mean(self.nats, self.tokens))
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -195,6 +195,11 @@ class LanguageModel(keras.Model):
         if embedding_dim is None:
             embedding_dim = units_of[-1]
         _check_settings(locals())
+        # Of NumPy, as `token_ids.max() + 1` is, Keras takes no sizes.
+        vocabulary_size, embedding_dim = (
+            int(vocabulary_size),
+            int(embedding_dim),
+        )
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
             "units": units_of,
@@ -398,9 +403,16 @@ class LanguageModel(keras.Model):
                 outputs[:, 1:] - outputs[:, :-1],
             ),
         ):
-            if factor and values.shape[1] != 0:  # of one step
+            if factor and values.shape[1] != 0:
                 squares = ops.square(ops.cast(values, "float32"))
-                self.add_loss(factor * ops.mean(squares))
+                if values.shape[1] is None:
+                    # TensorFlow, which knows at run time whether there are
+                    # any: of one step there is no difference.
+                    number = ops.cast(ops.size(squares), "float32")
+                    mean = _mean(ops.sum(squares), number)
+                else:
+                    mean = ops.mean(squares)
+                self.add_loss(factor * mean)
 
     def get_initial_state(self, batch_size: int) -> list[State]:
         """NumPy zeros, the `initial_state` of texts that begin.
@@ -417,17 +429,27 @@ class LanguageModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.settings}
 
-    def copy(self, *, dtype: Any = None, **changes: Any) -> "LanguageModel":
+    def copy(
+        self,
+        *,
+        dtype: Any = None,
+        batch_size: int | None = None,
+        **changes: Any,
+    ) -> "LanguageModel":
         """A model with the same weights, not compiled.
 
         Args:
             dtype: Of the copy. Default: this model's.
+            batch_size: The rows that a copy carries its state for. Default:
+                as many as this model, where it does.
             changes: Other settings, as the constructor takes them.
         """
         copy = LanguageModel(
             **self.settings | changes, dtype=dtype or self.dtype_policy
         )
-        copy.build((None, None))
+        if batch_size is None and self.carry_state and copy.carry_state:
+            batch_size = self.lstms[0].carried.h.shape[0]
+        copy.build((batch_size, None))
         copy.set_weights(self.get_weights())
         return copy
 
@@ -452,6 +474,10 @@ class LanguageModel(keras.Model):
         if optimizer is None and self.preset is not None:
             optimizer = make_optimizer(find_preset(self.preset))
         optimizer = optimizer or keras.optimizers.Adam()
+        # Keras keeps what an earlier call has given, where this one does not.
+        self._compile_loss = self._compile_metrics = None
+        if not self.needs_logits:  # an empty list is none
+            kwargs |= {"metrics": None, "weighted_metrics": None}
         super().compile(optimizer, loss, **kwargs)
         self._asked_steps = kwargs.get("steps_per_execution")
         self._asked_jit = kwargs.get("jit_compile", "auto")
@@ -503,7 +529,7 @@ class LanguageModel(keras.Model):
         else:
             nats, tokens = _nats_and_tokens(y, y_pred, sample_weight)
         self.perplexity.add(nats, tokens)
-        loss = nats / ops.maximum(tokens, 1.0)
+        loss = _mean(nats, tokens)
         return scale_loss(sum(self.losses, start=loss))
 
     def train_step(self, *args: Any) -> Any:
@@ -833,11 +859,19 @@ def _nats_and_tokens(
     targets: Any, logits: Any, sample_weight: Any
 ) -> tuple[Any, Any]:
     """The summed negative log-likelihood, and over how many tokens."""
+    weights = _token_weights(targets, sample_weight)
+    # What does not count may be no word at all.
+    targets = ops.where(weights == 0, 0, ops.cast(targets, "int32"))
     nll = ops.sparse_categorical_crossentropy(
         targets, ops.cast(logits, "float32"), from_logits=True
     )  # (batch, time)
-    weights = _token_weights(targets, sample_weight)
     return ops.sum(nll * weights), ops.sum(weights)
+
+
+def _mean(total: Any, number: Any) -> Any:
+    """`total / number`, and 0 of nothing."""
+    number = ops.convert_to_tensor(number)
+    return total / ops.where(number > 0, number, 1.0)
 
 
 def _token_weights(targets: Any, sample_weight: Any) -> Any:

@@ -50,6 +50,7 @@ class _Extras(keras.optimizers.Optimizer):
         self.l2 = l2
         self.averages = averages
         self.averaging_powers = tuple(powers)
+        self._starts_averaging = False
 
     def build(self, variables: list[Any]) -> None:
         """As Keras's, with a place for the averages."""
@@ -60,8 +61,11 @@ class _Extras(keras.optimizers.Optimizer):
             return
         # How many steps are averaged, and whether the next one is.
         self.num_averaged, self.is_averaging = (
-            self.add_variable((), initializer="zeros", name=name)
-            for name in ("num_averaged", "is_averaging")
+            self.add_variable((), initializer=initializer, name=name)
+            for name, initializer in (
+                ("num_averaged", "zeros"),
+                ("is_averaging", "ones" if self._starts_averaging else "zeros"),
+            )
         )
         self.averages_of = [
             [
@@ -72,13 +76,24 @@ class _Extras(keras.optimizers.Optimizer):
         ]
 
     def start_averaging(self) -> None:
-        """Lets the weights after each step from now on be averaged."""
-        self.is_averaging.assign(1.0)
+        """Lets the weights after each step from now on be averaged.
+
+        Raises:
+            UserError: If the optimizer was made without room for averages.
+        """
+        if not self.averages:
+            raise UserError(
+                "Averages need an optimizer that has room for them; this one "
+                "has none. Make it with averages=True."
+            )
+        self._starts_averaging = True
+        if self.built:
+            self.is_averaging.assign(1.0)
 
     @property
     def has_averages(self) -> bool:
         """Whether there are averages, of one step or more."""
-        if not self.averages:
+        if not (self.averages and self.built):
             return False
         return bool(ops.convert_to_numpy(self.num_averaged) > 0)
 

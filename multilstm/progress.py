@@ -105,6 +105,7 @@ class ProgressBar(keras.callbacks.Callback):
         super().__init__()
         self.tokens_per_step = tokens_per_step
         self.epochs = epochs
+        self.whole_epoch = 0  # its steps, where it is told
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -153,8 +154,10 @@ class ProgressBar(keras.callbacks.Callback):
             return
         self._shown = now
         step_seconds = (now - self._began) / self._steps
-        epochs_left = self.epochs - self._epoch
-        steps_left = epochs_left * self.params["steps"] - done
+        # Of those after this one, which may have begun in its middle.
+        epochs_left = self.epochs - self._epoch - 1
+        steps = self.params["steps"]
+        steps_left = steps - done + epochs_left * (self.whole_epoch or steps)
         assert self._task is not None
         self._progress.update(
             self._task,

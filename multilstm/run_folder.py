@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,7 @@ CHECKPOINT_SCHEMA = "multilstm-checkpoint-2"
 RESULT_SCHEMA = "multilstm-result-1"
 
 _CHECKSUM = "multilstm_sha256"  # an attribute of the file of weights
+_ROOM_OF_H5 = 1 << 16  # bytes besides the weights; 2 KB for each was seen
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +240,9 @@ class RunFolder:
         if self.devices.rank:
             return
         with self.replacing(self.curves) as temporary:
-            draw_curves({self.path.name: history}).savefig(temporary, dpi=120)
+            # Of a dollar Matplotlib would make mathematics.
+            name = self.path.name.replace("$", r"\$")
+            draw_curves({name: history}).savefig(temporary, dpi=120)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -372,7 +376,11 @@ class RunFolder:
         """
         if self.devices.rank:
             return
-        with self.replacing(self.best_weights) as temporary:
+        with (
+            self.replacing(self.best_weights) as temporary,
+            _telling_errors_of_h5py(),
+        ):
+            _find_room(temporary, 4 * model.count_params() + _ROOM_OF_H5)
             model.save_weights(temporary, overwrite=True)
             with h5py.File(temporary, "r+") as file:
                 file.attrs[_CHECKSUM] = _sha256_of_h5(file)
@@ -491,6 +499,30 @@ def draw_curves(histories: dict[str, History]) -> Figure:
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     return figure
+
+
+def _find_room(path: Path, num_bytes: int) -> None:
+    """Lets the system refuse what HDF5 would end the process for.
+
+    Where it is the last bytes of a file that the disk has no room for, HDF5
+    fails in its own clearing up, with a segmentation fault among others.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+
+
+@contextmanager
+def _telling_errors_of_h5py() -> Iterator[None]:
+    """What the system refuses at the end of a file is no OSError there."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"errno = (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def _state_of(model: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": None,
     "sequence_length": None,
     "learning_rate": None,
+    "halved_from": None,  # the rate that was asked for, before `retries`
     "gradient_accumulation_steps": None,
     "precision": None,
     "starts_from": None,

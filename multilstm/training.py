@@ -76,7 +76,7 @@ Precision = Literal["float32", "tf32", "mixed_bfloat16"]
 # the same text is seen by its checksums.
 _CHANGEABLE = (
     *("epochs", "patience", "until_perplexity", "learning_rate"),
-    *("checkpoint_minutes", "corpus"),
+    *("checkpoint_minutes", "corpus", "halved_from"),
 )
 
 
@@ -195,6 +195,13 @@ def train(
         "unknown": unknown,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if keras.config.max_epochs() or keras.config.max_steps_per_epoch():
+        raise UserError(
+            "A run must train as long as it is told to; Keras is told to end "
+            "epochs or training early (KERAS_MAX_EPOCHS or "
+            "KERAS_MAX_STEPS_PER_EPOCH). Unset them; `epochs` and "
+            "`train_tokens` do that here."
+        )
     if retries < 0:
         raise UserError(f"`retries` must be at least 0; received {retries}.")
     if minutes is not None and not minutes > 0:
@@ -222,6 +229,7 @@ def train(
                     raise
                 retries -= 1
                 resume = True
+                given.setdefault("halved_from", error.learning_rate)
                 given["learning_rate"] = error.learning_rate / 2
                 logger.warning(  # of the text alone: what logs may keep it
                     "%s This is done now, at %g.",
@@ -321,6 +329,8 @@ def _train_held(
         _check_same_text(folder, data)
         if has_checkpoint:
             begun = load_checkpoint(folder, model)
+        else:
+            _check_nothing_is_lost(folder)
         folder.update_config(config)
     else:
         folder.create(config, data.vocabulary)
@@ -349,12 +359,12 @@ def _train_held(
             "of the words; those of valid and test are exact."
         )
     if keeper.has_ended and folder.result.exists():
-        result = read_json(folder.result, schema=RESULT_SCHEMA)
-        if (result["status"], result["epochs"]) == (
+        earlier = read_json(folder.result, schema=RESULT_SCHEMA)
+        if (earlier["status"], earlier["epochs"]) == (
             "finished",
             len(begun.history),
         ):
-            return result
+            return _tell_again(earlier, settings, keeper)
     times = StepTimes()
 
     def cut(epoch: int) -> Any:
@@ -399,6 +409,17 @@ def _settings_to_resume(
     config = DEFAULTS | folder.read_config()
     preset = preset_of(config)
     settings = {name: config[name] for name in DEFAULTS}
+    asked = given.get("learning_rate")
+    is_again = asked is not None and asked == config["halved_from"]
+    if is_again and "halved_from" not in given:
+        # The same command as before its rate had proved too high.
+        given = {k: v for k, v in given.items() if k != "learning_rate"}
+        logger.warning(
+            "The learning rate stays %g: with %g the run diverged. Give "
+            "another one to change it.",
+            config["learning_rate"],
+            asked,
+        )
     for name, value in given.items():
         if name in _CHANGEABLE:
             settings[name] = value
@@ -541,7 +562,6 @@ def _cut(
             *sizes,
             std=plan.length_std,
             half_share=plan.half_length_share,
-            bucket=min(5, plan.sequence_length),
             rotates_rows=plan.rotates_rows,
             seed=[seed, epoch],
         )
@@ -556,6 +576,22 @@ def _check_same_text(folder: RunFolder, data: Corpus) -> None:
         raise UserError(
             f"{folder.path} was started on another text of {data.name} (its "
             "checksums differ). Resume with the same files."
+        )
+
+
+def _check_nothing_is_lost(folder: RunFolder) -> None:
+    """Of a run without a checkpoint, which is about to begin anew."""
+    # One may have been killed between its first weights and checkpoint.
+    is_lost = folder.describe_best_weights().get("epoch", 0) > 1
+    if folder.result.exists():
+        result = read_json(folder.result, schema=RESULT_SCHEMA)
+        is_lost |= result["epochs"] > 0
+    if is_lost:
+        raise UserError(
+            f"A run goes on from its {folder.checkpoint}, which is gone; it "
+            "would begin anew and its best weights be overwritten. Put the "
+            "checkpoint back, or train in another folder (--out), with "
+            f"--starts-from {folder.path} from these weights."
         )
 
 
@@ -596,6 +632,8 @@ def _fit(
                 epoch = len(keeper.history)
                 batches = cut(epoch)
                 keeper.begin_epoch(batches)
+                for bar in bars:
+                    bar.whole_epoch = len(batches)
                 lengths = getattr(batches, "lengths", None)
                 if keeper.num_batches:
                     batches = _Rest(batches, keeper.num_batches)
@@ -645,6 +683,21 @@ class _Rest(keras.utils.PyDataset):
 # After training ------------------------------------------------------------
 
 
+def _tell_again(
+    earlier: dict[str, Any], settings: dict[str, Any], keeper: Keeper
+) -> dict[str, Any]:
+    """The figures of a run that has ended, by the options that it has now."""
+    result = earlier | {
+        "run": str(keeper.folder.path),
+        "epochs_planned": keeper.plan.epochs,
+        "is_out_of_time": False,
+        "protocol": describe_protocol(keeper.plan, settings),
+    }
+    if result != earlier and not keeper.folder.devices.rank:
+        write_json(keeper.folder.result, result)
+    return result
+
+
 def _finish(
     model: LanguageModel,
     settings: dict[str, Any],
@@ -675,6 +728,7 @@ def _finish(
             keeper.plan.gradient_accumulation_steps
         ),
         "softmax": settings["softmax"],
+        "kernel": keeper.kernel,
         "parameters": model.count_params(),
         "epochs": len(history),
         "epochs_planned": keeper.plan.epochs,

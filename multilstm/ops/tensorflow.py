@@ -485,18 +485,29 @@ def fuse_optimizer(optimizer: Any) -> None:
 def _update_adam(
     optimizer: Any, gradients: list[Any], variables: list[Any]
 ) -> None:
+    if any(variable.dtype in ("bfloat16", "float16") for variable in variables):
+        # In which 0.999 is 1, and the kernel then divides by epsilon.
+        kind = type(optimizer)
+        kind._backend_apply_gradients(optimizer, gradients, variables)
+        return
     step = tf.cast(optimizer.iterations.value, tf.float32) + 1
     gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
     scale = _clipping(optimizer, gradients)
+    numbers = (
+        tf.pow(optimizer.beta_1, step),
+        tf.pow(optimizer.beta_2, step),
+        _learning_rate(optimizer),
+    )
     for gradient, variable in zip(gradients, variables, strict=True):
         place = optimizer._get_variable_index(variable)
+        power_1, power_2, rate = (tf.cast(n, gradient.dtype) for n in numbers)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.value.handle,
             m=optimizer._momentums[place].value.handle,
             v=optimizer._velocities[place].value.handle,
-            beta1_power=tf.pow(optimizer.beta_1, step),
-            beta2_power=tf.pow(optimizer.beta_2, step),
-            lr=_learning_rate(optimizer),
+            beta1_power=power_1,
+            beta2_power=power_2,
+            lr=rate,
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
             epsilon=optimizer.epsilon,
@@ -512,11 +523,11 @@ def _update_sgd(
     rate = _learning_rate(optimizer)
     l2 = getattr(optimizer, "l2", 0.0)
     if scale is not None and not l2:  # a pass over the gradients is saved
-        rate, scale = rate * scale, None
+        rate, scale = rate * tf.cast(scale, rate.dtype), None
     for gradient, variable in zip(gradients, variables, strict=True):
         tf.raw_ops.ResourceApplyGradientDescent(
             var=variable.value.handle,
-            alpha=rate,
+            alpha=tf.cast(rate, gradient.dtype),
             delta=_clipped(optimizer, gradient, variable, scale),
         )
 

@@ -496,7 +496,8 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> dict[str, Any]:
     """What the fused kernels divide gradients by as they read them."""
     if not optimizer.global_clipnorm:
         return {}
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    # In float32, as the kernels read it, whatever the gradients are in.
+    norm = torch.stack(torch._foreach_norm(gradients)).norm().float()
     return {
         "grad_scale": (norm / optimizer.global_clipnorm).clamp(min=1.0),
         "found_inf": torch.zeros_like(norm),
