@@ -9,7 +9,7 @@ import pytest
 
 from multilstm import PRESETS, LanguageModel
 from multilstm.errors import UserError
-from multilstm.model import make_optimizer
+from multilstm.optimizers import make_optimizer
 from multilstm.presets import find_preset
 
 

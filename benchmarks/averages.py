@@ -21,11 +21,12 @@ import numpy as np
 from ablation import BASE
 from numpy.typing import NDArray
 
-from multilstm import LanguageModel, VariableStreams, load_corpus
+from multilstm import LanguageModel, load_corpus
 from multilstm.evaluation import Evaluator
 from multilstm.files import write_json
-from multilstm.model import make_optimizer
+from multilstm.optimizers import make_optimizer
 from multilstm.runs import describe_environment
+from multilstm.training import cut_batches
 
 AFTER_A_STALL = "mean since valid stalled"
 
@@ -110,16 +111,8 @@ def main() -> None:
         return perplexity
 
     for epoch in range(1, options.epochs + 1):
-        batches = VariableStreams(
-            corpus.train[: options.train_tokens],
-            plan.sequence_length,
-            plan.batch_size,
-            std=plan.length_std,
-            half_share=plan.half_length_share,
-            bucket=5,
-            rotates_rows=plan.rotates_rows,
-            seed=[options.seed, epoch - 1],
-        )
+        text = corpus.train[: options.train_tokens]
+        batches = cut_batches(plan, text, options.seed, epoch - 1)
         model.fit(batches, shuffle=False, verbose=0, callbacks=[averages])
         plain.append(measure("none", epoch))
         if epoch % options.every == 0:

@@ -27,7 +27,7 @@ _HOME = {
     "ResetCarriedState": "layers",
     "accelerate": "acceleration",
     "LanguageModel": "model",
-    "Perplexity": "model",
+    "Perplexity": "metrics",
     "Preset": "presets",
     "PRESETS": "presets",
     "train": "training",
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from multilstm.layers import LSTM as LSTM
     from multilstm.layers import Embedding as Embedding
     from multilstm.layers import ResetCarriedState as ResetCarriedState
+    from multilstm.metrics import Perplexity as Perplexity
     from multilstm.model import LanguageModel as LanguageModel
-    from multilstm.model import Perplexity as Perplexity
     from multilstm.presets import PRESETS as PRESETS
     from multilstm.presets import Preset as Preset
     from multilstm.runs import load_run as load_run

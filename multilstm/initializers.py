@@ -4,14 +4,17 @@ With one seed, Keras's initializers draw other numbers on each backend, and so
 a comparison of backends would compare models. These draw with NumPy.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from multilstm.errors import UserError
+
+Initialization = Literal["uniform", "torch", "torch_normal"]
 
 KINDS = ("uniform", "normal", "glorot_uniform", "orthogonal")
 
@@ -82,3 +85,61 @@ def _orthogonal(generator: np.random.Generator, rows: int, columns: int) -> Any:
     q, r = np.linalg.qr(normal)
     q *= np.sign(np.diag(r))  # makes the draw uniform among such matrices
     return q.T if rows < columns else q
+
+
+class Draws:
+    """The initializers of a model's weights, each from a seed of its own."""
+
+    def __init__(
+        self, way: Initialization, scale: float | None, seed: int
+    ) -> None:
+        self.way = way
+        self.scale = scale
+        self.seed = seed
+        self.is_torch = way != "uniform"
+
+    def _draw(
+        self, kind: str, *place: int, scale: float | None = None
+    ) -> NumPyInitializer:
+        seed = [self.seed, *place]
+        if scale is None:
+            return NumPyInitializer(kind, seed=seed)
+        return NumPyInitializer(kind, scale=scale, seed=seed)
+
+    def seed_of(self, *place: int | str) -> int:
+        """For dropout, far from every other.
+
+        PyTorch's draws of a step have the sum of seed and step for a seed.
+        """
+        text = repr((self.seed, *place)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 2
+
+    def embeddings(self) -> NumPyInitializer:
+        kind = "normal" if self.way == "torch_normal" else "uniform"
+        return self._draw(kind, 0, scale=self.scale)
+
+    def kernel(self, units: int, *place: int) -> NumPyInitializer:
+        """Of a layer's input projection (0) or recurrence (1)."""
+        if self.is_torch:
+            return self._draw("uniform", 1, *place, scale=units**-0.5)
+        if self.scale is None:
+            kind = ("glorot_uniform", "orthogonal")[place[-1]]
+            return self._draw(kind, 1, *place)
+        return self._draw("uniform", 1, *place, scale=self.scale)
+
+    def bias(self, units: int, layer: int) -> Any:
+        if self.is_torch:
+            # PyTorch adds two biases; this has the variance of their sum.
+            scale = math.sqrt(2 / units)
+            return self._draw("uniform", 1, layer, 2, scale=scale)
+        if self.scale is None:
+            return "zeros"
+        return self._draw("uniform", 1, layer, 2, scale=self.scale)
+
+    def of_projection(self, kind: str, place: int) -> Any:
+        is_bias = kind == "zeros"
+        if is_bias and (self.is_torch or self.scale is None):
+            return kind
+        if self.scale is None:
+            return self._draw(kind, 2, place)
+        return self._draw("uniform", 2, place, scale=self.scale)

@@ -9,13 +9,11 @@ of Merity et al. come with them: of whole words and of recurrent weights. None
 changes which LSTM kernel runs.
 """
 
-import hashlib
 import inspect
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import keras
 import numpy as np
@@ -23,7 +21,7 @@ from keras import ops
 
 from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
-from multilstm.initializers import NumPyInitializer
+from multilstm.initializers import Draws, Initialization
 from multilstm.layers import (
     LSTM,
     Dropout,
@@ -31,6 +29,12 @@ from multilstm.layers import (
     ResetCarriedState,
     State,
     run_stack,
+)
+from multilstm.metrics import (
+    Perplexity,
+    mean_of,
+    nats_and_tokens,
+    token_weights,
 )
 from multilstm.ops import (
     feed,
@@ -43,46 +47,12 @@ from multilstm.ops import (
     starts_singly,
     steps_per_dispatch,
 )
-from multilstm.optimizers import SGD, Adam
-from multilstm.presets import Preset, find_preset
+from multilstm.optimizers import make_optimizer
+from multilstm.presets import find_preset
 from multilstm.projection import choose_softmax, make_projection
-
-Initialization = Literal["uniform", "torch", "torch_normal"]
 
 # A text that is larger is left on the disk, where `load_corpus` has it.
 _MOST_TOKENS_ON_DEVICE = 1 << 24  # 64 MiB
-
-
-@keras.saving.register_keras_serializable(package="multilstm")
-class Perplexity(keras.metrics.Metric):
-    """exp(total nats / total tokens), whatever the sizes of the batches.
-
-    Unlike Keras's averages it weighs tokens, not rows. The sums are float32;
-    for a figure to report use `multilstm.evaluate`, which sums in float64.
-
-    Call arguments of `update_state`:
-        y_true: int tensor of ids, shape `(batch, time)`.
-        y_pred: Logits, shape `(batch, time, vocabulary)`.
-        sample_weight: Shape `(batch, time)`; 0 leaves a token out.
-    """
-
-    def __init__(self, name: str = "perplexity", **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
-        self.nats = self.add_weight(initializer="zeros", name="nats")
-        self.tokens = self.add_weight(initializer="zeros", name="tokens")
-
-    def update_state(
-        self, y_true: Any, y_pred: Any, sample_weight: Any = None
-    ) -> None:
-        self.add(*_nats_and_tokens(y_true, y_pred, sample_weight))
-
-    def add(self, nats: Any, tokens: Any) -> None:
-        """Adds a sum of negative log-likelihoods over so many tokens."""
-        self.nats.assign_add(ops.cast(nats, self.dtype))
-        self.tokens.assign_add(ops.cast(tokens, self.dtype))
-
-    def result(self) -> Any:
-        return ops.exp(_mean(self.nats, self.tokens))
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
@@ -235,7 +205,7 @@ class LanguageModel(keras.Model):
         self.carry_state = carry_state
         self.preset = preset
 
-        draw = _Draws(initializer, initializer_scale, seed)
+        draw = Draws(initializer, initializer_scale, seed)
 
         # Layers
         self.embedding = Embedding(
@@ -409,7 +379,7 @@ class LanguageModel(keras.Model):
                     # TensorFlow, which knows at run time whether there are
                     # any: of one step there is no difference.
                     number = ops.cast(ops.size(squares), "float32")
-                    mean = _mean(ops.sum(squares), number)
+                    mean = mean_of(ops.sum(squares), number)
                 else:
                     mean = ops.mean(squares)
                 self.add_loss(factor * mean)
@@ -447,8 +417,9 @@ class LanguageModel(keras.Model):
         copy = LanguageModel(
             **self.settings | changes, dtype=dtype or self.dtype_policy
         )
-        if batch_size is None and self.carry_state and copy.carry_state:
-            batch_size = self.lstms[0].carried.h.shape[0]
+        carried = self.lstms[0].carried
+        if batch_size is None and copy.carry_state and carried is not None:
+            batch_size = carried.h.shape[0]
         copy.build((batch_size, None))
         copy.set_weights(self.get_weights())
         return copy
@@ -519,7 +490,7 @@ class LanguageModel(keras.Model):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         if self._gives_features:
             y = ops.convert_to_tensor(y, "int32")
-            weights = _token_weights(y, sample_weight)
+            weights = token_weights(y, sample_weight)
             nats = ops.sum(
                 self.projection.negative_log_likelihood(
                     y_pred, y, weights, training=training
@@ -527,9 +498,9 @@ class LanguageModel(keras.Model):
             )
             tokens = ops.sum(weights)
         else:
-            nats, tokens = _nats_and_tokens(y, y_pred, sample_weight)
+            nats, tokens = nats_and_tokens(y, y_pred, sample_weight)
         self.perplexity.add(nats, tokens)
-        loss = _mean(nats, tokens)
+        loss = mean_of(nats, tokens)
         return scale_loss(sum(self.losses, start=loss))
 
     def train_step(self, *args: Any) -> Any:
@@ -749,64 +720,6 @@ def _by_name(
     return named | others
 
 
-class _Draws:
-    """The initializers of a model's weights, each from a seed of its own."""
-
-    def __init__(
-        self, way: Initialization, scale: float | None, seed: int
-    ) -> None:
-        self.way = way
-        self.scale = scale
-        self.seed = seed
-        self.is_torch = way != "uniform"
-
-    def _draw(
-        self, kind: str, *place: int, scale: float | None = None
-    ) -> NumPyInitializer:
-        seed = [self.seed, *place]
-        if scale is None:
-            return NumPyInitializer(kind, seed=seed)
-        return NumPyInitializer(kind, scale=scale, seed=seed)
-
-    def seed_of(self, *place: int | str) -> int:
-        """For dropout, far from every other.
-
-        PyTorch's draws of a step have the sum of seed and step for a seed.
-        """
-        text = repr((self.seed, *place)).encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 2
-
-    def embeddings(self) -> NumPyInitializer:
-        kind = "normal" if self.way == "torch_normal" else "uniform"
-        return self._draw(kind, 0, scale=self.scale)
-
-    def kernel(self, units: int, *place: int) -> NumPyInitializer:
-        """Of a layer's input projection (0) or recurrence (1)."""
-        if self.is_torch:
-            return self._draw("uniform", 1, *place, scale=units**-0.5)
-        if self.scale is None:
-            kind = ("glorot_uniform", "orthogonal")[place[-1]]
-            return self._draw(kind, 1, *place)
-        return self._draw("uniform", 1, *place, scale=self.scale)
-
-    def bias(self, units: int, layer: int) -> Any:
-        if self.is_torch:
-            # PyTorch adds two biases; this has the variance of their sum.
-            scale = math.sqrt(2 / units)
-            return self._draw("uniform", 1, layer, 2, scale=scale)
-        if self.scale is None:
-            return "zeros"
-        return self._draw("uniform", 1, layer, 2, scale=self.scale)
-
-    def of_projection(self, kind: str, place: int) -> Any:
-        is_bias = kind == "zeros"
-        if is_bias and (self.is_torch or self.scale is None):
-            return kind
-        if self.scale is None:
-            return self._draw(kind, 2, place)
-        return self._draw("uniform", 2, place, scale=self.scale)
-
-
 def _check_settings(settings: dict[str, Any]) -> None:
     for name in ("vocabulary_size", "embedding_dim"):
         if settings[name] < 1:
@@ -833,55 +746,6 @@ def _check_settings(settings: dict[str, Any]) -> None:
             f"`initializer={way!r}` needs `initializer_scale`, that of the "
             "embeddings; received None."
         )
-
-
-def make_optimizer(preset: Preset) -> Any:
-    """The optimizer of a preset, at the rate of its first epoch."""
-    settings: dict[str, Any] = {
-        "learning_rate": preset.learning_rate_of(0),
-        "global_clipnorm": preset.clip_norm_of_mean(),
-        "l2": preset.l2_of_mean(),
-        "averages": preset.averaging != "never",
-        "averaging_power": preset.averaging_power,
-    }
-    if preset.gradient_accumulation_steps > 1:
-        steps = preset.gradient_accumulation_steps
-        settings["gradient_accumulation_steps"] = steps
-    if preset.optimizer == "sgd":
-        return SGD(**settings)
-    if preset.loss_scale > 1:
-        # PyTorch's, which the presets with summed losses come from.
-        settings["epsilon"] = 1e-8 / preset.loss_scale
-    return Adam(**settings)
-
-
-def _nats_and_tokens(
-    targets: Any, logits: Any, sample_weight: Any
-) -> tuple[Any, Any]:
-    """The summed negative log-likelihood, and over how many tokens."""
-    weights = _token_weights(targets, sample_weight)
-    # What does not count may be no word at all.
-    targets = ops.where(weights == 0, 0, ops.cast(targets, "int32"))
-    nll = ops.sparse_categorical_crossentropy(
-        targets, ops.cast(logits, "float32"), from_logits=True
-    )  # (batch, time)
-    return ops.sum(nll * weights), ops.sum(weights)
-
-
-def _mean(total: Any, number: Any) -> Any:
-    """`total / number`, and 0 of nothing."""
-    number = ops.convert_to_tensor(number)
-    return total / ops.where(number > 0, number, 1.0)
-
-
-def _token_weights(targets: Any, sample_weight: Any) -> Any:
-    """What each target counts, float32 of shape `(batch, time)`."""
-    if sample_weight is None:
-        return ops.ones(ops.shape(targets), "float32")
-    weights = ops.cast(sample_weight, "float32")
-    if len(weights.shape) < 2:  # a weight for each row
-        weights = ops.expand_dims(weights, -1)
-    return ops.broadcast_to(weights, ops.shape(targets))
 
 
 def _check_scales_rate(optimizer: Any) -> None:

@@ -19,6 +19,7 @@ from keras import ops
 
 from multilstm.errors import UserError
 from multilstm.ops import add_gradients
+from multilstm.presets import Preset
 
 # For each thread: TensorFlow traces the step of each device in one of its own.
 _rate_factor: ContextVar[Any] = ContextVar("rate_factor", default=None)
@@ -216,3 +217,23 @@ class Adam(_Extras, keras.optimizers.Adam):
         averaging_power: As `SGD` has it.
         **kwargs: Of `keras.optimizers.Adam`.
     """
+
+
+def make_optimizer(preset: Preset) -> Any:
+    """The optimizer of a preset, at the rate of its first epoch."""
+    settings: dict[str, Any] = {
+        "learning_rate": preset.learning_rate_of(0),
+        "global_clipnorm": preset.clip_norm_of_mean(),
+        "l2": preset.l2_of_mean(),
+        "averages": preset.averaging != "never",
+        "averaging_power": preset.averaging_power,
+    }
+    if preset.gradient_accumulation_steps > 1:
+        steps = preset.gradient_accumulation_steps
+        settings["gradient_accumulation_steps"] = steps
+    if preset.optimizer == "sgd":
+        return SGD(**settings)
+    if preset.loss_scale > 1:
+        # PyTorch's, which the presets with summed losses come from.
+        settings["epsilon"] = 1e-8 / preset.loss_scale
+    return Adam(**settings)

@@ -44,13 +44,14 @@ from multilstm.keeper import (
     tokens_per_step,
 )
 from multilstm.launch import check_count
-from multilstm.model import LanguageModel, make_optimizer
+from multilstm.model import LanguageModel
 from multilstm.ops import (
     Devices,
     has_gpu,
     tf32,
     use_devices,
 )
+from multilstm.optimizers import make_optimizer
 from multilstm.presets import Preset, find_preset, preset_of
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
@@ -261,7 +262,8 @@ def _train(
         settings["precision"] = "tf32" if has_gpu() else "float32"
     data = load_corpus_of(settings, data_folder)
     _check_splits(data)
-    _cut(plan, data.train[: settings["train_tokens"]], 0, 0)  # if it can be
+    # If it can be, and the rows be shared.
+    cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
     part_of_rows(plan.batch_size, folder.devices.count)
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
@@ -305,7 +307,7 @@ def _train_held(
 ) -> dict[str, Any]:
     """What no other process may do in this folder at the same time."""
     train_ids = data.train[: settings["train_tokens"]]
-    batches = _cut(plan, train_ids, settings["seed"], 0)
+    batches = cut_batches(plan, train_ids, settings["seed"], 0)
     devices = folder.devices
     has_checkpoint = resuming and bool(
         devices.from_first(folder.has_checkpoint)
@@ -370,7 +372,7 @@ def _train_held(
     def cut(epoch: int) -> Any:
         if plan.length_std is None:
             return batches  # itself, for which steps are compiled once
-        return _cut(plan, train_ids, settings["seed"], epoch)
+        return cut_batches(plan, train_ids, settings["seed"], epoch)
 
     _fit(model, cut, keeper, times, progress=progress)
     model.forget_steps()
@@ -551,7 +553,7 @@ def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
     model.set_weights(trained.get_weights())
 
 
-def _cut(
+def cut_batches(
     plan: Preset, token_ids: NDArray[np.int32], seed: int, epoch: int
 ) -> Any:
     """The batches that a preset trains on in an epoch, counted from 0."""
