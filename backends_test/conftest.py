@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,10 @@ if not os.environ.get("KERAS_BACKEND"):
         "jax, torch or tensorflow, or run nox."
     )
 
+if "PYTEST_XDIST_WORKER" not in os.environ and "--require-gpu" not in sys.argv:
+    # The tests are of processors; what they start has this from here.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     # JAX writes what it compiled in place: others would read half of it.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
@@ -22,8 +27,22 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 import keras
 import numpy as np
 import tiny_runs
+from hypothesis import settings
 
 from multilstm import ops
+
+# The same examples in every run and on every machine.
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None
+)
+settings.load_profile("same")
+
+# What a launcher, a terminal or a proxy may have left in the environment.
+_FROM_OUTSIDE = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "TF_CONFIG", "FORCE_COLOR"),
+    *("TTY_COMPATIBLE", "NO_COLOR", "no_proxy"),
+    *(name for name in os.environ if name.startswith("KERAS_DISTRIBUTION_")),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,9 +78,15 @@ def fresh_keras() -> Iterator[None]:
 def own_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """An empty cache folder, so that no test sees what another one cached."""
+    """An empty cache folder, so that no test sees what another one cached.
+
+    And an environment in which nothing but the tests has a say.
+    """
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MULTILSTM_CACHE", str(folder))
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in _FROM_OUTSIDE:
+        monkeypatch.delenv(name, raising=False)
     return folder
 
 

@@ -134,20 +134,16 @@ def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
     ]
     arguments = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
     group.append(script["Task"]("limited", arguments, takes_minutes=True))
-    script["run"](group, 5, tmp_path)
+    script["run"](group, 10, tmp_path)
     said = capsys.readouterr().out.splitlines()
-    assert [line.partition(",")[0] for line in said[::2]] == [
-        "quick: exit 0",
-        "fails: exit 1",
-        "stops: exit 0",
-        "limited: exit 0",
-    ]
-    assert [line.strip() for line in said[1::2]] == [
-        "last",
-        "ZeroDivisionError: division by zero",
-        "stopped",
-        "--minutes 0.017",
-    ]
+    ended = [line.partition(",")[0] for line in said[::2]]
+    assert dict(zip(ended, map(str.strip, said[1::2]), strict=True)) == {
+        "quick: exit 0": "last",
+        "fails: exit 1": "ZeroDivisionError: division by zero",
+        "stops: exit 0": "stopped",
+        "limited: exit 0": "--minutes 0.017",
+    }
+    assert ended[-1] == "stops: exit 0"
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
@@ -163,7 +159,8 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["zaremba_medium-torch"],
         ["awd_adam-torch"],
         ["recorded-steps"],
-        ["layers-at-once"],
+        ["layers-at-once-awd"],
+        ["layers-at-once-zaremba_medium"],
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],
@@ -174,6 +171,17 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         preset = name.rpartition("-")[0]
         assert commands[name][commands[name].index("--preset") + 1] == preset
         assert "--resume" in commands[name]  # begins where there is none
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_a_task_that_is_not_there_is_told(tmp_path):
+    done = run(
+        *("--only", "awd", "--minutes", "1", "--out", tmp_path),
+        *("--python", f"torch={sys.executable}"),
+        script=ON_GPU,
+    )
+    assert done.returncode == 2
+    assert "--only takes pytorch_650_tied-torch, " in done.stderr
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")

@@ -497,7 +497,8 @@ def web(tmp_path, monkeypatch):
             path.write_text(content)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         monkeypatch.setitem(corpus.PTB_SHA256, f"ptb.{split}.txt", sha256)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):  # requests takes the second first
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.delenv("MULTILSTM_DATA", raising=False)
     handler = functools.partial(QuietHandler, directory=tmp_path / "web")
     with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as server:

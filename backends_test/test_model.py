@@ -1133,7 +1133,8 @@ def test_weights_of_another_dtype_train(rng, dtype, kind):
         losses.append(np.reshape(found, (5, -1))[:, 0])
     if (kind, dtype) == (Adam, "bfloat16"):
         # Where 0.999 is 1 Keras's own Adam stands still.
-        assert losses[1][-1] <= losses[1][0] + 0.02
+        allowed = -0.1 if BACKEND == "torch" else 0.02
+        assert losses[1][-1] <= losses[1][0] + allowed
         return
     assert losses[1][-1] < losses[1][0]
     # bfloat16 has 8 bits, for weights too.

@@ -85,6 +85,19 @@ class CrashError(Exception):
     """What no part of the package knows."""
 
 
+def count_steps(monkeypatch):
+    """A list with the learning rate of each step, one by one, from here on."""
+    rates = []
+    end = training_module.StepTimes.on_train_batch_end
+
+    def note(self, batch, logs=None):
+        rates.append(float(self.model.optimizer.learning_rate))
+        end(self, batch, logs)
+
+    monkeypatch.setattr(training_module.StepTimes, "on_train_batch_end", note)
+    return rates
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """Makes a run raise an exception right after its n-th checkpoint."""
@@ -357,8 +370,14 @@ def test_crash_within_an_epoch_costs_no_more_than_a_checkpoint(
     with pytest.raises(CrashError):
         train("parts", preset=preset, checkpoint_minutes=0)
     assert saved == [1, 2, 3, 4, 5]
+    done = count_steps(monkeypatch)
     parts = train("parts", preset=preset, resume=True)
     np.testing.assert_allclose(figures(parts), expected, **SAME)
+    resumed = len(done)
+    undisturbed = train("again", preset=preset)
+    assert resumed == len(done) - resumed - 5
+    # Bit for bit that of a run that starts as many steps at once.
+    assert figures(parts) == figures(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -492,6 +511,9 @@ def test_gpu_that_is_not_seen_is_told(train, monkeypatch, caplog):
     assert line.startswith(f"{backend} does not see the Chip 9 that is here")
     assert "Install its CUDA form: pip" in line
     assert told(driver=None, seen=False) == []
+    assert told(driver="580.1", seen=True) == []
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert told(driver="580.2", seen=False) == []
 
 
 def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
@@ -508,9 +530,25 @@ def test_halved_rate_stays_where_the_command_is_given_again(train, caplog):
     again = train(**command, epochs=2, resume=True)
     assert again["learning_rate"] <= halved
     assert f"The learning rate stays {halved:g}" in caplog.text
-    command["learning_rate"] = halved / 3
+    command["learning_rate"] = halved / 3000  # far from where it diverges
     other = train(**command, epochs=3, resume=True)
-    assert other["learning_rate"] == halved / 3
+    assert other["learning_rate"] == halved / 3000
+
+
+def test_rate_that_was_asked_for_is_noted_however_often_it_is_halved(
+    train, monkeypatch
+):
+    """In a command that was given again, and runs at what is left of it."""
+    calls = []
+
+    def diverge(folder, given, **_):
+        calls.append((given["learning_rate"], given.get("halved_from")))
+        raise DivergedError("no number", 750.0, False)
+
+    monkeypatch.setattr(training_module, "_train", diverge)
+    with pytest.raises(DivergedError):
+        train(learning_rate=3e3, retries=2)
+    assert calls == [(3e3, None), (375.0, 3e3), (375.0, 3e3)]
 
 
 @pytest.mark.parametrize(("stopped", "times"), [(False, 3), (True, 1)])
@@ -561,7 +599,7 @@ def test_run_that_is_out_of_time_is_not_tried_again(train, monkeypatch):
 
 
 def test_retries_come_to_an_end(train, caplog):
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError, match="Lower the learning rate"):
         train(preset="tiny_wild", retries=2)
     assert sum("This is done now" in line for line in caplog.messages) == 2
     with pytest.raises(UserError, match="`retries` must be at least 0"):
@@ -756,7 +794,7 @@ def test_kernel_is_that_of_training(train, monkeypatch):
     """Validation may run another one, where it is in float32."""
     kernels = iter(["trains", "validates"])
     monkeypatch.setattr(keeper_module, "last_kernel", lambda: next(kernels))
-    assert train(epochs=1)["kernel"] == "trains"
+    assert train(epochs=2)["kernel"] == "trains"
 
 
 # Runs that go wrong
@@ -770,10 +808,11 @@ def test_run_whose_checkpoint_is_gone_is_not_begun_anew(train, tmp_path):
     with pytest.raises(UserError, match=r"last\.npz, which is gone"):
         train(epochs=3, resume=True)
     assert folder.best_weights.read_bytes() == best
-    folder.result.unlink()
-    if folder.describe_best_weights()["epoch"] > 1:
-        with pytest.raises(UserError, match="which is gone"):
-            train(epochs=3, resume=True)
+    folder.result.unlink()  # as of a run that was killed
+    with h5py.File(folder.best_weights, "r+") as file:
+        file.attrs["epoch"] = 1  # and the history tells of more
+    with pytest.raises(UserError, match="which is gone"):
+        train(epochs=3, resume=True)
 
 
 def test_run_killed_before_its_first_checkpoint_begins_anew(train, tmp_path):
@@ -839,11 +878,6 @@ def test_weights_that_are_no_numbers_are_not_kept(
     assert train(resume=True)["status"] == "finished"
 
 
-def test_rate_that_is_too_high_is_told(train):
-    with pytest.raises(DivergedError, match="Lower the learning rate"):
-        train(preset="tiny_wild")
-
-
 def test_folder_with_a_run_is_left_as_it_is(train, tmp_path):
     train(epochs=1)
     before = {
@@ -892,22 +926,16 @@ def test_run_does_not_go_on_with_another_text(train, corpus_folder, tmp_path):
         load_run_corpus(config)
 
 
-def test_rate_that_is_lowered_holds_within_an_epoch_too(train, stop_after):
+def test_rate_that_is_lowered_holds_within_an_epoch_too(
+    train, stop_after, steps_at_once, monkeypatch
+):
+    steps_at_once(1)
     stop_after(2)
     with pytest.raises(CrashError):
-        train(epochs=2)
-    rates = []
-    begin = training_module.StepTimes.on_train_batch_end
-
-    def note(self, batch, logs=None):
-        rates.append(float(self.model.optimizer.learning_rate))
-        begin(self, batch, logs)
-
-    training_module.StepTimes.on_train_batch_end = note
-    try:
-        train(epochs=2, resume=True, learning_rate=1e-4)
-    finally:
-        training_module.StepTimes.on_train_batch_end = begin
+        train(epochs=1, checkpoint_minutes=0)
+    rates = count_steps(monkeypatch)
+    train(epochs=1, resume=True, learning_rate=1e-4)
+    assert rates
     # float32.
     np.testing.assert_allclose(rates, 1e-4, rtol=1e-6)
 
@@ -1086,7 +1114,9 @@ def test_only_the_first_words_are_trained_on(train):
     times = few["history"][0]
     # Three rows of 33 words: six steps of five.
     words = times["tokens_per_second"] * times["seconds"]
-    assert words == pytest.approx(6 * 15, rel=0.02)  # rounded seconds
+    # The seconds are rounded to a thousandth.
+    off = 0.001 * times["tokens_per_second"]
+    assert words == pytest.approx(6 * 15, abs=off)
     assert few["train_tokens"] == 100
 
 
@@ -1185,19 +1215,6 @@ def test_text_without_a_word_to_predict_is_refused(
     with pytest.raises(UserError, match=f"{split} text of letters .* it has 1"):
         train()
     assert not (tmp_path / "run").exists()
-
-
-def test_broken_checkpoint_is_told(train, tmp_path):
-    train(epochs=1)
-    path = RunFolder(tmp_path / "run").checkpoint
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.npz cannot be read"):
-        train(epochs=2, resume=True)
-
-
-def test_folder_without_a_run_is_told(tmp_path):
-    with pytest.raises(UserError, match="must be the folder of a run"):
-        load_run(tmp_path)
 
 
 def test_run_without_weights_is_told(train, tmp_path):

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.metadata
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +23,14 @@ from multilstm import (
     Vocabulary,
     load_run,
     read_words,
-    run_folder,
     training,
 )
 from multilstm.__main__ import main
+from multilstm.bench import BENCH_SCHEMA
 from multilstm.errors import UserError
 from multilstm.report import read_results
 from multilstm.run_folder import RunFolder
+from multilstm.selection import COMPARISON_SCHEMA
 
 PACKAGE = Path(multilstm.__file__).parent
 
@@ -165,7 +168,10 @@ FILES = (
     | JSON.map(lambda content: json.dumps(content).encode())
     | st.dictionaries(
         st.sampled_from(
-            ["words", "model", "preset_settings", "history", "about", "ids"]
+            [
+                *("words", "model", "preset_settings", "history", "preset"),
+                *("results", "device", "driver", "dtype", "protocol"),
+            ]
         ),
         JSON,
     ).flatmap(
@@ -173,9 +179,8 @@ FILES = (
             [
                 "multilstm-vocabulary-1",
                 "multilstm-run-1",
-                "multilstm-choice-1",
-                "multilstm-bench-1",
-                "multilstm-compare-1",
+                BENCH_SCHEMA,
+                COMPARISON_SCHEMA,
             ]
         ).map(lambda schema: json.dumps(content | {"schema": schema}).encode())
     )
@@ -201,24 +206,19 @@ def readers(folder):
             run.config,
             lambda path: training._read_plan(RunFolder(path.parent), {}),
         ),
-        "checkpoint": (
-            run.checkpoint,
-            lambda path: run_folder._read_checkpoint(path, {}),
-        ),
-        "weights": (
-            run.best_weights,
-            lambda path: RunFolder(path.parent).load_best_weights(None),
-        ),
         "text": (folder / "train.txt", lambda path: list(read_words(path))),
         "result": (folder / "bench.json", lambda path: read_results([path])),
     }
 
 
 @pytest.mark.parametrize("name", list(readers(Path())))
-def test_no_file_makes_a_reader_say_more_than_a_line(name, tmp_path_factory):
+def test_no_file_makes_a_reader_say_more_than_a_line(
+    name, run, tmp_path_factory
+):
     folder = tmp_path_factory.mktemp("files")
     path, read = readers(folder)[name]
-    path.parent.mkdir(exist_ok=True)
+    if name == "config":  # beside the other files of a run
+        shutil.copytree(run, folder, dirs_exist_ok=True)
 
     @settings(max_examples=150, deadline=None, database=None)
     @given(content=FILES)
@@ -263,28 +263,36 @@ def test_no_result_makes_a_report_say_more_than_a_line(tmp_path, rng):
     assert refused > 10
 
 
-@pytest.mark.parametrize("value", ["0", "-1", str(10**15), "nan", "1e999"])
+WITH_FRACTIONS = (
+    "generate RUN --max-new-tokens 3 --temperature",
+    "generate RUN --max-new-tokens 3 --top-p",
+    "train --learning-rate",
+    "train --until-perplexity",
+    "train --checkpoint-minutes",
+)
+WHOLE = (
+    "evaluate RUN --batch-size",
+    "evaluate RUN --sequence-length",
+    "generate RUN --max-new-tokens 3 --top-k",
+    "generate RUN --max-new-tokens 3 --seed",
+    "predict RUN --start 5 --num-words",
+    "predict RUN --start",
+    "train --batch-size",
+    "train --sequence-length",
+    "train --train-tokens",
+    "train --max-vocabulary",
+    "train --patience",
+    "train --seed",
+    "train --devices",
+)
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "value"),
     [
-        "evaluate RUN --batch-size",
-        "evaluate RUN --sequence-length",
-        "generate RUN --max-new-tokens 3 --temperature",
-        "generate RUN --max-new-tokens 3 --top-k",
-        "generate RUN --max-new-tokens 3 --top-p",
-        "generate RUN --max-new-tokens 3 --seed",
-        "predict RUN --start 5 --num-words",
-        "predict RUN --start",
-        "train --batch-size",
-        "train --sequence-length",
-        "train --learning-rate",
-        "train --train-tokens",
-        "train --max-vocabulary",
-        "train --until-perplexity",
-        "train --checkpoint-minutes",
-        "train --patience",
-        "train --seed",
-        "train --devices",
+        *itertools.product(WITH_FRACTIONS + WHOLE, ("0", "-1", str(10**15))),
+        # Which the parser refuses where whole numbers are asked for.
+        *itertools.product(WITH_FRACTIONS + WHOLE[:1], ("nan", "1e999")),
     ],
 )
 def test_strange_numbers_end_in_a_result_or_one_line(

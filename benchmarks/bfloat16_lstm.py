@@ -131,6 +131,8 @@ def main() -> None:
     add("--rounds", type=int, default=9)
     add("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
+    if ops.has_gpu():
+        sys.exit("bfloat16_lstm.py: it measures processors; hide the GPU.")
     if not bfloat16_torch.is_fast(torch.zeros(1, dtype=torch.bfloat16)):
         sys.exit(
             "bfloat16_lstm.py: this processor has no products of bfloat16 "

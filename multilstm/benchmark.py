@@ -292,19 +292,14 @@ class Worker:
         self.model_file = load_model(Path(path))
         one = draw_batches(self.model_file, batch_size, sequence_length)
         size = sum(array.nbytes for array in keras.tree.flatten(one))
-        # So many batches that each is in a window as often as the others.
-        fitting = [
-            number
-            for number in range(1, steps + 1)
-            if steps % number == 0 and number * size <= MODEL_DATA_LIMIT
-        ]
-        number = max(fitting, default=1)
-        several = draw_batches(
-            self.model_file, number * batch_size, sequence_length
-        )
         self.batch_size = batch_size
-        self.window_of_one = (*one, 1)
-        self.window = (*several, steps // number)
+        self.window_of_one = one
+        if steps * size <= MODEL_DATA_LIMIT:
+            self.window = draw_batches(
+                self.model_file, steps * batch_size, sequence_length
+            )
+        else:
+            self.window = same_batch(one, steps)
         first = keras.tree.flatten(one)[0]
         return {
             "steps_in_a_row": first.shape[1] if first.ndim > 1 else 1,
@@ -515,15 +510,12 @@ def model_loop(model: Any, variant: str, batch_size: int) -> tuple[str, Any]:
     model.compile(keras.optimizers.Adam(1e-3), "mse")
 
     def train(window: Any) -> float:
-        inputs, targets, epochs = window
-        history = model.fit(
-            inputs,
-            targets,
-            epochs=epochs,
-            batch_size=batch_size,
-            shuffle=False,
-            verbose=0,
-        )
+        if isinstance(window, keras.utils.PyDataset):
+            history = model.fit(window, shuffle=False, verbose=0)
+        else:
+            history = model.fit(
+                *window, batch_size=batch_size, shuffle=False, verbose=0
+            )
         keras.ops.convert_to_numpy(model.trainable_variables[-1])  # waits
         return float(history.history["loss"][-1])
 
@@ -614,6 +606,20 @@ def draw_batches(model: Any, rows: int, sequence_length: int) -> Any:
         model(one_row),
     )
     return given, targets
+
+
+def same_batch(batch: Any, steps: int) -> Any:
+    """A dataset of one batch, which comes so many times."""
+    import keras
+
+    class SameBatch(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return steps
+
+        def __getitem__(self, index: int) -> Any:
+            return batch
+
+    return SameBatch()
 
 
 def relative_error(array: np.ndarray, truth: np.ndarray) -> float:

@@ -47,8 +47,11 @@ def device_and_driver() -> tuple[str, str | None]:
     if nvml is None:
         return processor_name(), None
     library, gpu = nvml
-    name = library.nvmlDeviceGetName(gpu)
-    version = library.nvmlSystemGetDriverVersion()
+    try:
+        name = library.nvmlDeviceGetName(gpu)
+        version = library.nvmlSystemGetDriverVersion()
+    except library.NVMLError:  # which lost it since
+        return processor_name(), None
     return str(name), str(version)
 
 

@@ -179,8 +179,8 @@ class Evaluator:
                 raise UserError(
                     f"`{name}` must be at least 1; received {size}."
                 )
-        if not getattr(model, "built", True):
-            if getattr(model, "carry_state", False):
+        if hasattr(model, "read") and not model.built:
+            if model.carry_state:
                 raise UserError(
                     "A model that carries its state must be built before it "
                     "is evaluated, for the rows that it is to train on; it is "

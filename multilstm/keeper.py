@@ -94,7 +94,7 @@ class Keeper(keras.callbacks.Callback):
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
-        self.kernel: str | None = None  # of the LSTM that trained last
+        self.kernel: str | None = None  # of the LSTM that trains
         self.start_perplexity = folder.read_config().get(
             "start_valid_perplexity", math.inf
         )
@@ -176,12 +176,12 @@ class Keeper(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.num_batches < self.steps_per_epoch:  # asked to stop
-            self.kernel = last_kernel()
+            self.kernel = self.kernel or last_kernel()
             self._save_checkpoint()
             if not self.folder.best_weights.exists():
                 self._save_best(0, math.inf)
             return
-        self.kernel = last_kernel()  # not that of the validation
+        self.kernel = self.kernel or last_kernel()  # not that of validation
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer
@@ -298,8 +298,10 @@ class Keeper(keras.callbacks.Callback):
         )
 
     def _stop_diverged(self, place: str, value: float) -> None:
-        self.folder.wait_for_checkpoint()  # else it is not as told
-        self.devices.total(0)  # and ends with the processes that need not wait
+        try:
+            self.folder.wait_for_checkpoint()  # else it is not as told
+        finally:
+            self.devices.total(0)  # the others, who need not, wait for it too
         kept = "no epoch was completed before"
         if self.kept:
             kept = (

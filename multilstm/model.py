@@ -419,7 +419,7 @@ class LanguageModel(keras.Model):
         )
         carried = self.lstms[0].carried
         if batch_size is None and copy.carry_state and carried is not None:
-            batch_size = carried.h.shape[0]
+            batch_size = carried.h.shape[0] if self.built else None
         copy.build((batch_size, None))
         copy.set_weights(self.get_weights())
         return copy

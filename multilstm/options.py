@@ -248,7 +248,8 @@ class Bench(Measure):
     model: Path | None = None
     """A Keras model of your own, MODEL.keras, to train on random numbers."""
     peers: bool = False
-    """Time stock Keras and each framework's own loop as well."""
+    """Time stock Keras, the same with our LSTM in it, and each framework's
+    own loop as well."""
     out: Path = Path("runs/bench")
     """Folder for bench.json and report.html, .md and .png."""
 

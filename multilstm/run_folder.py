@@ -235,6 +235,14 @@ class RunFolder:
         self._check_still_there()
         write_text(self.history, text.getvalue())
 
+    def num_epochs_told(self) -> int:
+        """How many epochs the history and the best weights tell of."""
+        epochs = int(self.describe_best_weights().get("epoch", 0))
+        if self.history.exists():
+            text = read_or_explain(self.history, self.history.read_text)
+            epochs = max(epochs, len(text.splitlines()) - 1)
+        return epochs
+
     def write_curves(self, history: History) -> None:
         """Draws the curves of a history."""
         if self.devices.rank:

@@ -48,6 +48,7 @@ from multilstm.model import LanguageModel
 from multilstm.ops import (
     Devices,
     has_gpu,
+    last_kernel,
     tf32,
     use_devices,
 )
@@ -213,6 +214,7 @@ def train(
     group = use_devices(devices)
     _warn_of_unseen_gpu()
     folder = RunFolder(out or _default_folder(given), group)
+    asked = given.get("learning_rate")
     with explaining_failures():
         while True:
             try:
@@ -230,7 +232,8 @@ def train(
                     raise
                 retries -= 1
                 resume = True
-                given.setdefault("halved_from", error.learning_rate)
+                if asked is not None:
+                    given["halved_from"] = asked
                 given["learning_rate"] = error.learning_rate / 2
                 logger.warning(  # of the text alone: what logs may keep it
                     "%s This is done now, at %g.",
@@ -386,7 +389,11 @@ def _train_held(
 def _warn_of_unseen_gpu() -> None:
     name, driver = device_and_driver()
     backend = keras.config.backend()
-    if driver is not None and not has_gpu():
+    is_meant = "cpu" in (
+        os.environ.get("JAX_PLATFORMS"),
+        os.environ.get("KERAS_TORCH_DEVICE"),
+    )
+    if driver is not None and not has_gpu() and not is_meant:
         logger.warning(
             "%s does not see the %s that is here, and trains on the processor. "
             "Install its CUDA form: %s (CUDA_VISIBLE_DEVICES=-1 says that the "
@@ -583,8 +590,9 @@ def _check_same_text(folder: RunFolder, data: Corpus) -> None:
 
 def _check_nothing_is_lost(folder: RunFolder) -> None:
     """Of a run without a checkpoint, which is about to begin anew."""
-    # One may have been killed between its first weights and checkpoint.
-    is_lost = folder.describe_best_weights().get("epoch", 0) > 1
+    # One may have been killed between its first weights and checkpoint, but
+    # before a second epoch the first one's checkpoint is waited for.
+    is_lost = folder.num_epochs_told() > 1
     if folder.result.exists():
         result = read_json(folder.result, schema=RESULT_SCHEMA)
         is_lost |= result["epochs"] > 0
@@ -730,7 +738,7 @@ def _finish(
             keeper.plan.gradient_accumulation_steps
         ),
         "softmax": settings["softmax"],
-        "kernel": keeper.kernel,
+        "kernel": keeper.kernel or last_kernel(),
         "parameters": model.count_params(),
         "epochs": len(history),
         "epochs_planned": keeper.plan.epochs,
