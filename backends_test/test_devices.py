@@ -85,10 +85,19 @@ def wait_for_checkpoint(process, out):
     return sorted(children, key=lambda child: child.environ().get("RANK", ""))
 
 
+def errors_of(process):
+    """What it wrote to stderr; one that does not end fails the test."""
+    try:
+        return process.communicate(timeout=300)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
 def run_together(environments, *arguments):
     """Runs a Python program in a process for each environment."""
     processes = [start(arguments, each) for each in environments]
-    errors = [process.communicate()[1][-2000:] for process in processes]
+    errors = [errors_of(process)[-2000:] for process in processes]
     assert not any(process.returncode for process in processes), errors
 
 
@@ -338,8 +347,8 @@ def test_process_that_dies_ends_the_run_with_a_line(corpus_folder, tmp_path):
         wait_for_checkpoint(first, out)
     second.kill()
     if BACKEND != "torch":
-        second.communicate()
-    _, errors = first.communicate()
+        errors_of(second)
+    errors = errors_of(first)
     assert first.returncode != 0
     told = "number 1 of 2 was ended by SIGKILL"
     assert (told if BACKEND == "torch" else "another one ended") in errors
@@ -362,7 +371,7 @@ def test_processes_stop_when_their_launcher_dies(corpus_folder, tmp_path):
     _, alive = psutil.wait_procs(children, timeout=60)
     for child in alive:
         child.kill()
-    launcher.communicate()
+    errors_of(launcher)
     assert not alive
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted"
