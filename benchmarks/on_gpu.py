@@ -107,6 +107,7 @@ def run(group: Sequence[Task], seconds: float, out: Path) -> None:
             wait(running, began, time.monotonic() + SECONDS_TO_STOP, out)
             for process in running.values():
                 process.kill()
+            wait(running, began, time.monotonic() + SECONDS_TO_STOP, out)
 
 
 def wait(
