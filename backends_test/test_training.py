@@ -31,7 +31,7 @@ from multilstm import model as model_module
 from multilstm import train as train_run
 from multilstm import training as training_module
 from multilstm.errors import UserError, WriteError
-from multilstm.keeper import DivergedError, best_epoch
+from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.presets import preset_of
 from multilstm.run_folder import RunFolder
 from multilstm.runs import load_run_corpus, weights_sha256
@@ -788,6 +788,34 @@ def test_result_is_of_the_options_that_the_run_has_now(train, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = train("moved", resume=True)
     assert moved == again | {"run": str(tmp_path / "moved")}
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_model_is_copied_once_for_all_that_is_saved(
+    precision, train, monkeypatch
+):
+    """To build one takes longer than to write it; it is not compiled."""
+    copies, saved = [], []
+    save = RunFolder.save_best_weights
+
+    def note(model):
+        copies.append(model)
+        return figures_of(model)
+
+    def save_and_note(self, model, *about):
+        saved.append([weight.copy() for weight in model.get_weights()])
+        save(self, model, *about)
+
+    for module in (keeper_module, training_module):
+        monkeypatch.setattr(module, "figures_of", note)
+    monkeypatch.setattr(RunFolder, "save_best_weights", save_and_note)
+    result = train(precision=precision)
+    assert len(copies) == 1
+    assert len(saved) > 1
+    assert not np.array_equal(saved[0][0], saved[1][0])
+    best, *_ = load_run(result["run"])
+    for weight, last in zip(best.get_weights(), saved[-1], strict=True):
+        np.testing.assert_array_equal(weight, last)
 
 
 def test_kernel_is_that_of_training(train, monkeypatch):

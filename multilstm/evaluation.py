@@ -227,7 +227,11 @@ class Evaluator:
         check_text(token_ids, self.model.vocabulary_size)
         # Short texts in fewer rows, so that a row is not mostly warm-up.
         rows = max(1, min(self.batch_size, len(token_ids) // 16))
-        return ContinuousStreams(token_ids, self.sequence_length, rows)
+        streams = ContinuousStreams(token_ids, self.sequence_length, rows)
+        # In whole chunks, of which all have one shape: the last rows may be
+        # empty.
+        streams.row_length += -streams.row_length % self.sequence_length
+        return streams
 
     def _guess_starts(self, streams: ContinuousStreams) -> States:
         """Reads the last words of each row for the state of the next."""
@@ -238,11 +242,12 @@ class Evaluator:
         states = self.model.get_initial_state(streams.batch_size)
         for k in range(num_chunks):
             columns = first + k * length + np.arange(length)
-            # The last rows may be short; no row follows the last full one.
+            # The last rows may be short or empty; no full one follows them.
             position = np.minimum(
                 row_start + columns, len(streams.token_ids) - 2
             )
-            states = self._advance(streams.token_ids[position], states)
+            inputs = streams.token_ids[position]
+            _, states = self._chunk.predict_on_batch((inputs, inputs, states))
         return _move_down(states)
 
     def _read(
@@ -256,12 +261,9 @@ class Evaluator:
         """Reads all rows, or until all are where an earlier reading was."""
         outputs: list[Outputs] = []
         passed: list[States] = []
-        tail = streams.row_length % self.sequence_length
         last = len(streams) - 1
         for k in range(len(streams)):
             inputs, targets, _ = streams[k]
-            if tail and k == last:
-                ends = self._advance(inputs[:, :tail], states)
             output, states = self._chunk.predict_on_batch(
                 (inputs, targets, states)
             )
@@ -277,7 +279,7 @@ class Evaluator:
                 # Rows end where they did, so that no reading follows.
                 rest = earlier.outputs[k + 1 :]
                 return _Pass(outputs + rest, [], earlier.ends)
-        return _Pass(outputs, passed, ends if tail else states)
+        return _Pass(outputs, passed, states)
 
     def _agree(
         self, left: States, right: States, streams: ContinuousStreams
@@ -287,11 +289,6 @@ class Evaluator:
             self._chunk.state_dtype, _STATE_TOLERANCE
         )
         return not _largest_difference(left, right, streams) > tolerance
-
-    def _advance(self, inputs: NDArray[np.int32], states: States) -> States:
-        """The states after `inputs`, which may be fewer words than usual."""
-        _, states = self._chunk.predict_on_batch((inputs, inputs, states))
-        return states
 
 
 @dataclass(frozen=True)
@@ -356,7 +353,7 @@ def _unfold(
     nats, *features = (
         np.concatenate(
             [np.asarray(output, np.float32) for output in outputs], axis=1
-        )[:, : streams.row_length]  # (rows, row_length[, units])
+        )  # (rows, row_length[, units])
         for outputs in zip(*chunks, strict=True)
     )
     return Reading(

@@ -94,6 +94,7 @@ class Keeper(keras.callbacks.Callback):
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
+        self._copy: LanguageModel | None = None  # what is saved, made once
         self.kernel: str | None = None  # of the LSTM that trains
         self.start_perplexity = folder.read_config().get(
             "start_valid_perplexity", math.inf
@@ -272,9 +273,13 @@ class Keeper(keras.callbacks.Callback):
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
         with self.devices.alone():
-            self.folder.save_best_weights(
-                figures_of(self.model), epoch, valid_perplexity
-            )
+            if self._copy is None and self.evaluator.model is not self.model:
+                self._copy = self.evaluator.model
+            if self._copy is None:
+                self._copy = figures_of(self.model)
+            else:
+                self._copy.set_weights(self.model.get_weights())
+            self.folder.save_best_weights(self._copy, epoch, valid_perplexity)
 
     def _evaluate(self) -> float:
         reader = self.evaluator.model
