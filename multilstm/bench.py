@@ -140,10 +140,8 @@ def bench(
     for row in (row for rows in rows_of for row in rows):
         row.about["installed"] = row.backend in pythons
         if row.backend not in pythons:
-            row.about["reason"] = (
-                f"not found; name its Python with --python {row.backend}=PATH, "
-                f"or {devices.how_to_install(row.backend)}"
-            )
+            added = devices.how_to_add(row.backend)
+            row.about["reason"] = f"not found; {added}"
     lengths = [shape.sequence_length for shape in shapes]
     for number in range(processes):
         with ExitStack() as closed_at_end:

@@ -112,12 +112,12 @@ def stock_model(shape: Shape, *, variant: str) -> Any:
     import keras
     from keras import layers
 
-    import multilstm.layers
-
     as_tutorial = variant == "stock_tutorial"
     lstm = layers.LSTM
     if variant == "our_layer":
-        lstm = multilstm.layers.LSTM
+        from multilstm.layers import LSTM
+
+        lstm = LSTM
     embedding = layers.Embedding(shape.vocabulary_size, shape.embedding_dim)
     projection = layers.Dense(shape.vocabulary_size)
     if shape.tied:

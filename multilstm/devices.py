@@ -27,6 +27,14 @@ def how_to_install(backend: str) -> str:
     return CUDA_FORMS[backend].rpartition(", then ")[-1]
 
 
+def how_to_add(backend: str) -> str:
+    """What to do where a command that takes `--python` does not find one."""
+    return (
+        f"name its Python with --python {backend}=PATH, or "
+        f"{how_to_install(backend)}"
+    )
+
+
 def processor_name() -> str:
     """The processor's name."""
     information = Path("/proc/cpuinfo")

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from multilstm.benchmark import WorkerError
-from multilstm.devices import CUDA_FORMS, device_and_driver, how_to_install
+from multilstm.devices import (
+    CUDA_FORMS,
+    device_and_driver,
+    how_to_add,
+    how_to_install,
+)
 from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
 
@@ -61,10 +66,7 @@ def _examine(
         "kernel": None,
     }
     if python is None:
-        record["reason"] = (
-            f"name its Python with --python {backend}=PATH, or "
-            f"{how_to_install(backend)}"
-        )
+        record["reason"] = how_to_add(backend)
         return record
     record["python"] = str(python)
     try:

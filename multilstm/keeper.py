@@ -176,13 +176,12 @@ class Keeper(keras.callbacks.Callback):
             self._save_checkpoint()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        self.kernel = self.kernel or last_kernel()  # not that of validation
         if self.num_batches < self.steps_per_epoch:  # asked to stop
-            self.kernel = self.kernel or last_kernel()
             self._save_checkpoint()
             if not self.folder.best_weights.exists():
                 self._save_best(0, math.inf)
             return
-        self.kernel = self.kernel or last_kernel()  # not that of validation
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer

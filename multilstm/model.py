@@ -166,10 +166,8 @@ class LanguageModel(keras.Model):
             embedding_dim = units_of[-1]
         _check_settings(locals())
         # Of NumPy, as `token_ids.max() + 1` is, Keras takes no sizes.
-        vocabulary_size, embedding_dim = (
-            int(vocabulary_size),
-            int(embedding_dim),
-        )
+        vocabulary_size = int(vocabulary_size)
+        embedding_dim = int(embedding_dim)
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
             "units": units_of,
