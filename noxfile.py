@@ -56,6 +56,8 @@ def types(session: nox.Session) -> None:
 
 def test(session: nox.Session, backend: str) -> None:
     install_backend(session, backend, group="test")
+    if backend == "torch":  # which brings it along for GPUs only
+        install(session, "triton; sys_platform == 'linux'")
     session.env["COVERAGE_FILE"] = f".coverage.{backend}"
     # The models of the tests are tiny. PyTorch's threads would only wait for
     # each other, ten times longer where the machine has other work.

@@ -18,6 +18,7 @@ if not os.environ.get("KERAS_BACKEND"):
 if "PYTEST_XDIST_WORKER" not in os.environ and "--require-gpu" not in sys.argv:
     # The tests are of processors; what they start has this from here.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     # JAX writes what it compiled in place: others would read half of it.

@@ -9,10 +9,12 @@ from pathlib import Path
 import keras
 import pytest
 
+from multilstm import ops
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
 LARGE_VOCABULARY = SCRIPT.with_name("large_vocabulary.py")
 ON_GPU = SCRIPT.with_name("on_gpu.py")
-LAYERS_AT_ONCE = SCRIPT.with_name("layers_at_once.py")
+RECURRENCE = SCRIPT.with_name("recurrence.py")
 
 
 def run(*arguments, script=SCRIPT):
@@ -155,12 +157,12 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         names.append([task.name for task in group])
         commands |= {task.name: task.command for task in group}
     assert names == [
+        ["recurrence"],
+        ["awd_adam-torch"],
+        ["awd_adam-torch-triton"],
         ["pytorch_650_tied-torch"],
         ["zaremba_medium-torch"],
-        ["awd_adam-torch"],
         ["recorded-steps"],
-        ["layers-at-once-awd"],
-        ["layers-at-once-zaremba_medium"],
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],
@@ -181,20 +183,25 @@ def test_a_task_that_is_not_there_is_told(tmp_path):
         script=ON_GPU,
     )
     assert done.returncode == 2
-    assert "--only takes pytorch_650_tied-torch, " in done.stderr
+    assert "--only takes recurrence, awd_adam-torch, " in done.stderr
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 @pytest.mark.skipif(
-    keras.config.backend() != "torch", reason="it has PyTorch's streams"
+    keras.config.backend() != "torch", reason="of PyTorch's implementation"
 )
-def test_layers_in_chunks_give_what_whole_ones_give(tmp_path):
+def test_cudnns_and_tritons_layers_are_compared(tmp_path):
+    pytest.importorskip("triton", reason="Triton is for Linux")
     out = tmp_path / "result.json"
-    sizes = ["--chunks", "1", "3", "--steps", "1", "--rounds", "1"]
-    arguments = ["--presets", "zaremba_small", *sizes, "--out", out]
-    done = run(*arguments, script=LAYERS_AT_ONCE)
+    sizes = ["--time-steps", "2", "--steps", "1", "--rounds", "1"]
+    arguments = ["--presets", "zaremba_small", "--precisions", "tf32", *sizes]
+    done = run(*arguments, "--out", out, script=RECURRENCE)
     assert done.returncode == 0, done.stderr
     [found] = json.loads(out.read_text())["results"]
-    assert set(found["ms"]) == {"1", "3"}
-    # Sums over 20 steps instead of 7, 7 and 6, in float32.
-    assert found["largest_difference"] < 1e-5
+    assert found["batch_time_features_units"] == [20, 2, 200, 200]
+    kernels = {row["variant"]: row["kernel"] for row in found["variants"]}
+    assert kernels["triton units=32"] == "torch: triton" != kernels["cudnn"]
+    for row in found["variants"]:
+        assert row["least_ms"] > 0
+        # Of float32, as the interpreter multiplies; 2e-2 on a GPU in TF32.
+        assert 0 < row["error"] < (2e-2 if ops.has_gpu() else 1e-5)

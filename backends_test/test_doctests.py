@@ -20,6 +20,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_are_true(name):
+    if name == "multilstm.ops.triton_torch":
+        pytest.importorskip("triton", reason="Triton is for Linux")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
 

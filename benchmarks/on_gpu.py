@@ -3,12 +3,14 @@
     python benchmarks/on_gpu.py --minutes 12 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: `pytorch_650_tied`; `zaremba_medium`; `awd_adam`; recorded steps
-of PyTorch, and layers that run at once; `adam_512` on each backend, for the
-time to its perplexity; training steps of all backends; `best` and `awd` side by
-side, at equal compute, for as many epochs as there is time (22 s each on an
-H200). Next: `--only layers-at-once-awd best-torch awd-torch`, or with less than
-ten minutes `--only layers-at-once-awd awd_adam-torch`. The corpus is Penn
+In this order: PyTorch's LSTM layers by cuDNN and in Triton; `awd_adam` by
+each; `pytorch_650_tied`; `zaremba_medium`; recorded steps of PyTorch;
+`adam_512` on each backend, for the time to its perplexity; training steps of
+all backends; `best` and `awd` side by side, at equal compute, for as many
+epochs as there is time (22 s each on an H200). Next: `--only recurrence
+awd_adam-torch awd_adam-torch-triton`, which fit in nine minutes. Half a minute
+without a command can cost the machine: what must not be lost belongs into one
+command. The corpus is Penn
 Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm in it,
 this one too (or PYTHONPATH leads there). What fails is told and the rest goes
 on; logs and run folders are in FOLDER, and what is there already is gone on
@@ -51,33 +53,33 @@ def tasks(
 ) -> Iterator[tuple[float, list[Task]]]:
     """Groups of tasks that run side by side, and the most seconds for each."""
 
-    def training(preset: str, backend: str) -> Task:
-        folder = out / f"{preset}-{backend}"
+    def training(preset: str, backend: str, *, triton: bool = False) -> Task:
+        folder = out / f"{preset}-{backend}{'-triton' * triton}"
         command = (
             *(str(pythons[backend]), "-m", "multilstm", "train", "--resume"),
             *("--preset", preset, "--corpus", "ptb", "--out", str(folder)),
         )
         environment = {"KERAS_BACKEND": backend}
+        if triton:
+            environment["MULTILSTM_TRITON"] = "1"
         return Task(folder.name, command, environment, takes_minutes=True)
 
     first = "torch" if "torch" in pythons else next(iter(pythons))
-    for preset in ("pytorch_650_tied", "zaremba_medium", "awd_adam"):
+
+    def of_torch(name: str, script: str) -> Task:
+        command = (str(pythons["torch"]), str(HERE / script))
+        where = ("--out", str(out / f"{name}.json"))
+        return Task(name, (*command, *where), {"KERAS_BACKEND": "torch"})
+
+    if "torch" in pythons:
+        yield 180, [of_torch("recurrence", "recurrence.py")]
+    yield 280, [training("awd_adam", first)]
+    if "torch" in pythons:
+        yield 280, [training("awd_adam", "torch", triton=True)]
+    for preset in ("pytorch_650_tied", "zaremba_medium"):
         yield 420, [training(preset, first)]
     if "torch" in pythons:
-        # A recording that fails leaves a process that nothing can rely on.
-        for name, script, given in (
-            ("recorded-steps", "recorded_steps.py", ()),
-            *(
-                (f"layers-at-once-{preset}", "layers_at_once.py", (preset,))
-                for preset in ("awd", "zaremba_medium")
-            ),
-        ):
-            command = (
-                *(str(pythons["torch"]), str(HERE / script)),
-                *("--out", str(out / f"{name}.json")),
-                *(("--presets", *given) if given else ()),
-            )
-            yield 90, [Task(name, command, {"KERAS_BACKEND": "torch"})]
+        yield 90, [of_torch("recorded-steps", "recorded_steps.py")]
     for backend in pythons:
         yield 150, [training("adam_512", backend)]
     named = [f"--python={name}={path}" for name, path in pythons.items()]

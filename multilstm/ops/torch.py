@@ -1,5 +1,6 @@
 """PyTorch: its own LSTM kernels, and products by oneDNN on the CPU."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,8 +11,21 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from multilstm.errors import UserError
 from multilstm.ops import bfloat16_torch, reference
 from multilstm.ops.evidence import explain_once, note_kernel
+
+# Asked for by name until it has been measured beside cuDNN.
+_IS_TRITON_WANTED = os.environ.get("MULTILSTM_TRITON") == "1"
+if _IS_TRITON_WANTED:
+    try:
+        from multilstm.ops import triton_torch
+    except ImportError as error:
+        raise UserError(
+            "MULTILSTM_TRITON=1 needs Triton, which comes with PyTorch for "
+            f"CUDA; it cannot be imported ({error}). Leave the variable out, "
+            "or pip install triton."
+        ) from error
 
 # What the dispatcher may call for `torch.lstm`; anything else is its loop.
 _FUSED = {
@@ -58,6 +72,8 @@ def lstm_stack(
         for layer in weights:
             _store_transposed(list(layer))
         return reference.stack(bfloat16_torch.lstm, x, states, weights)
+    if _IS_TRITON_WANTED and triton_torch.is_for(x):
+        return reference.stack(triton_torch.lstm, x, states, weights)
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.numel():  # what is empty says nothing of others
             explain_once(

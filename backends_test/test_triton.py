@@ -1,0 +1,268 @@
+"""The LSTM in Triton: on a GPU as it is, elsewhere by Triton's interpreter."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import oracles
+import pytest
+
+from multilstm import ops
+
+pytestmark = pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="of PyTorch's implementation"
+)
+
+# Sums of a few dozen products of size 1.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+# Of float16 the 11 bits, over a few steps.
+FLOAT16 = {"rtol": 1e-2, "atol": 1e-2}
+
+
+@pytest.fixture
+def triton_torch():
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    return importlib.import_module("multilstm.ops.triton_torch")
+
+
+def arrays_of(rng, batch, time, features, units):
+    shapes = (
+        *((batch, time, features), (batch, units), (batch, units)),
+        *((features, 4 * units), (units, 4 * units), (4 * units,)),
+    )
+    scales = (1, 1, 1, features**-0.5, units**-0.5, 1)
+    return [
+        scale * rng.standard_normal(shape)
+        for scale, shape in zip(scales, shapes, strict=True)
+    ]
+
+
+def upstream_of(rng, batch, time, units):
+    shapes = ((batch, time, units), (batch, units), (batch, units))
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def run(lstm, arrays, upstream, dtype, **options):
+    """Outputs and gradients of `lstm` in NumPy's float64."""
+    import torch
+
+    device = "cuda" if ops.has_gpu() else "cpu"
+    of_dtype = {"device": device, "dtype": getattr(torch, dtype)}
+    tensors = [
+        torch.tensor(array, **of_dtype, requires_grad=True) for array in arrays
+    ]
+    outputs = lstm(*tensors, **options)
+    gradients = torch.autograd.grad(
+        outputs, tensors, [torch.tensor(u, **of_dtype) for u in upstream]
+    )
+    return [t.detach().double().cpu() for t in (*outputs, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "features", "units"),
+    [
+        (3, 4, 5, 16),  # fewer units than are multiplied at once
+        (20, 3, 7, 70),  # a part of the units left over
+        (2, 1, 3, 64),  # none, and no step before or after
+        (131, 2, 4, 64),  # more rows than one program takes
+    ],
+)
+def test_outputs_and_gradients_are_the_oracles(
+    triton_torch, rng, batch, time, features, units
+):
+    arrays = arrays_of(rng, batch, time, features, units)
+    upstream = upstream_of(rng, batch, time, units)
+    found = run(triton_torch.lstm, arrays, upstream, "float32")
+    expected = [
+        *oracles.lstm(*arrays, None),
+        *oracles.lstm_gradients(arrays, upstream, None),
+    ]
+    for mine, true in zip(found, expected, strict=True):
+        # A weight's gradient is a sum over all rows and steps.
+        size = max(1.0, np.abs(true).max())
+        np.testing.assert_allclose(mine / size, true / size, **FLOAT32)
+
+
+def test_half_the_bits_keep_a_cell_state_of_float32(triton_torch, rng):
+    arrays = arrays_of(rng, 3, 4, 5, 16)
+    upstream = upstream_of(rng, 3, 4, 16)
+    found = run(triton_torch.lstm, arrays, upstream, "float16")
+    expected = [
+        *oracles.lstm(*arrays, None),
+        *oracles.lstm_gradients(arrays, upstream, None),
+    ]
+    for mine, true in zip(found, expected, strict=True):
+        size = max(1.0, np.abs(true).max())
+        np.testing.assert_allclose(mine / size, true / size, **FLOAT16)
+
+    # 2,048 and a half is no number of float16: an open forget gate, and an
+    # input gate of which each step adds a half.
+    import torch
+
+    device = "cuda" if ops.has_gpu() else "cpu"
+    half = {"device": device, "dtype": torch.float16}
+    steps, units = 8, 16
+    bias = torch.zeros(4, units, **half)
+    bias[1], bias[2] = 60.0, 60.0
+    zeros = torch.zeros(units, 4 * units, **half)
+    _, _, c = triton_torch.lstm(
+        torch.zeros(1, steps, units, **half),
+        torch.zeros(1, units, **half),
+        torch.full((1, units), 2048.0, **half),
+        *(zeros, zeros, bias.flatten()),
+    )
+    assert (c == 2048 + steps / 2).all()
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"units": 32}, {"inner": 32}, {"most_rows": 16}]
+)
+def test_how_products_are_cut_changes_nothing(triton_torch, rng, blocks):
+    arrays = arrays_of(rng, 20, 2, 5, 40)
+    upstream = upstream_of(rng, 20, 2, 40)
+    found = [
+        run(triton_torch.lstm, arrays, upstream, "float32", **options)
+        for options in ({}, {"blocks": triton_torch.Blocks(**blocks)})
+    ]
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, **FLOAT32)
+
+
+def test_it_reads_what_trains_and_leaves_the_rest(triton_torch):
+    import torch
+
+    device = "cuda" if ops.has_gpu() else "cpu"
+    x = torch.zeros(2, 3, 4, device=device)
+    assert triton_torch.is_for(x)
+    assert not triton_torch.is_for(x.double())
+    assert not triton_torch.is_for(x[:0])
+    with torch.no_grad():
+        assert not triton_torch.is_for(x)
+
+
+def in_new_process(code, **environment):
+    """What that code says, in a process with this environment."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_model_learns_as_without_it(triton_torch):
+    code = """
+        import json, sys
+        import numpy as np
+        from multilstm import LanguageModel, ops
+
+        ids = np.random.default_rng(0).integers(11, size=(2, 6, 3, 5))
+        model = LanguageModel.from_preset(
+            "awd", vocabulary_size=11, units=(6, 6, 4), embedding_dim=4,
+            initializer_scale=0.5,
+        )
+        model.compile()
+        losses = [
+            float(model.train_on_batch(x, y)[0])
+            for x, y in zip(*ids, strict=True)
+        ]
+        print(json.dumps([ops.last_kernel(), losses]))
+    """
+    said = []
+    for environment in ({}, {"MULTILSTM_TRITON": "1"}):
+        done = in_new_process(code, **environment)
+        assert done.returncode == 0, done.stderr
+        said.append(json.loads(done.stdout.splitlines()[-1]))
+    (before, losses), (after, same_losses) = said
+    assert before != after == "torch: triton"
+    np.testing.assert_allclose(same_losses, losses, rtol=1e-4)
+    assert losses[0] != losses[1]
+
+
+def test_without_triton_one_line_says_what_to_do():
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import multilstm.ops
+    """
+    done = in_new_process(code, MULTILSTM_TRITON="1")
+    assert done.returncode == 1
+    [*_, last] = done.stderr.splitlines()
+    assert last.startswith(
+        "multilstm.errors.UserError: MULTILSTM_TRITON=1 needs Triton, which "
+        "comes with PyTorch for CUDA; it cannot be imported ("
+    )
+
+
+def test_it_compiles_for_gpus_with_little_shared_memory():
+    """For sm_80 and sm_90, by Triton's own compiler, which needs no GPU."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    code = """
+        import json
+        import torch
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from multilstm.ops import triton_torch
+
+        found = []
+        for capability, rows, dtype, name in (
+            (80, 20, "float32", "fp32"),
+            (90, 20, "bfloat16", "bf16"),
+            (90, 128, "float32", "fp32"),
+        ):
+            h = torch.zeros(1, 1152, dtype=getattr(torch, dtype))
+            for kernel, width, more in (
+                (triton_torch._step, 64, {}),
+                (triton_torch._step_back, 16, {"IS_LAST": False}),
+            ):
+                _, options = triton_torch._launch(
+                    triton_torch.Blocks(), rows, width, h
+                )
+                warps = options.pop("num_warps"), options.pop("num_stages")
+                fixed = {"SIZE": 1152} | options | more
+                kinds = {"step": "i32", "batch": "i32"}
+                kinds |= dict.fromkeys(("c", "dc"), "*fp32")
+                kinds |= dict.fromkeys(fixed, "constexpr")
+                names = kernel.arg_names
+                compiled = triton.compile(
+                    ASTSource(
+                        fn=kernel,
+                        signature={n: kinds.get(n, "*" + name) for n in names},
+                        constexprs={
+                            (names.index(n),): value
+                            for n, value in fixed.items()
+                        },
+                        attrs={
+                            (place,): [["tt.divisibility", 16]]
+                            for place, n in enumerate(names)
+                            if kinds.get(n, "*").startswith("*")
+                        },
+                    ),
+                    target=GPUTarget("cuda", capability, 32),
+                    options=dict(zip(("num_warps", "num_stages"), warps)),
+                )
+                found.append(
+                    [
+                        compiled.metadata.shared,
+                        "mma" in compiled.asm["ptx"],
+                        "cp.async" in compiled.asm["ptx"],
+                    ]
+                )
+        print(json.dumps(found))
+    """
+    done = in_new_process(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    for shared, multiplies_on_tensor_cores, loads_ahead in json.loads(
+        done.stdout
+    ):
+        assert shared <= 99 * 1024
+        assert multiplies_on_tensor_cores
+        assert loads_ahead

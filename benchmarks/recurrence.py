@@ -1,0 +1,216 @@
+"""The LSTM of PyTorch on a GPU: cuDNN's beside the one in Triton.
+
+    KERAS_BACKEND=torch python benchmarks/recurrence.py --out recurrence.json
+
+A training step of `awd` is fifteen milliseconds on an H200, of which its LSTM
+layers take twelve. `multilstm/ops/triton_torch.py` is meant to take a fraction
+of that, and has been seen to be right on a CPU (with TRITON_INTERPRET=1,
+slowly) and to compile for a GPU, not to run on one. Here the widest layer of a
+preset runs forward and back, recorded as a CUDA graph and replayed, by cuDNN
+and by that, in turns; for TF32 with the products of a step cut in several ways.
+First comes how far outputs and gradients are from those in float64.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID251  (its graphs)
+
+from multilstm import ops
+from multilstm.files import write_json
+from multilstm.ops import torch as by_cudnn
+from multilstm.ops import triton_torch
+from multilstm.presets import find_preset
+from multilstm.selection import installed_versions
+
+SCHEMA = "multilstm.recurrence/1"
+
+# Each of them in turn beside the ones that are taken where nothing is said.
+BLOCKS = [
+    {},
+    {"units": 32},
+    {"inner": 128, "stages": 3},
+    {"stages": 6},
+    {"warps": 8},
+]
+
+
+def variants(asked: Sequence[dict[str, int]]) -> dict[str, Callable[..., Any]]:
+    """`lstm` by name: cuDNN's, then Triton's with each of some blocks."""
+
+    def in_triton(blocks: triton_torch.Blocks) -> Callable[..., Any]:
+        return lambda *tensors: triton_torch.lstm(*tensors, blocks)
+
+    by_name: dict[str, Callable[..., Any]] = {"cudnn": by_cudnn.lstm}
+    for changes in asked:
+        words = (f"{name}={number}" for name, number in changes.items())
+        name = " ".join(("triton", *words))
+        by_name[name] = in_triton(triton_torch.Blocks(**changes))
+    return by_name
+
+
+def tensors_of(
+    batch: int, steps: int, features: int, units: int, dtype: Any
+) -> list[Any]:
+    """Inputs, states and weights, as `ops.lstm` takes them."""
+    drawn = torch.Generator().manual_seed(0)
+    scale = units**-0.5
+    device = "cuda" if ops.has_gpu() else "cpu"
+    return [
+        torch.nn.Parameter(
+            (factor * torch.randn(shape, generator=drawn)).to(device, dtype)
+        )
+        for factor, shape in (
+            (1.0, (batch, steps, features)),
+            *((0.5, (batch, units)),) * 2,
+            (scale, (features, 4 * units)),
+            (scale, (units, 4 * units)),
+            (scale, (4 * units,)),
+        )
+    ]
+
+
+def both_ways(lstm: Callable[..., Any], tensors: Sequence[Any]) -> list[Any]:
+    """Outputs, and gradients as they are when each output weighs the same."""
+    y, _, _ = lstm(*tensors)
+    upstream = torch.full_like(y, 1 / y.shape[1])
+    return [y, *torch.autograd.grad(y, [tensors[0], *tensors[3:]], upstream)]
+
+
+def in_float64(tensors: Sequence[Any]) -> list[Any]:
+    """`both_ways` by PyTorch's own LSTM."""
+    exact = [torch.nn.Parameter(tensor.detach().double()) for tensor in tensors]
+    return both_ways(by_cudnn.lstm, exact)
+
+
+def error(found: Sequence[Any], exact: Sequence[Any]) -> float:
+    """The largest, as a share of the largest number of its tensor."""
+    return max(
+        float((mine.double() - true).detach().abs().max())
+        / float(true.detach().abs().max())
+        for mine, true in zip(found, exact, strict=True)
+    )
+
+
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that does on the GPU what another does."""
+    if not ops.has_gpu():
+        return run
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # what is compiled and allocated the first time
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda: graph.replay()
+
+
+def measure(
+    tensors: Sequence[Any],
+    by_name: dict[str, Callable[..., Any]],
+    steps: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Of each variant its error, and the milliseconds there and back."""
+    exact = in_float64(tensors)
+    rows, runs = [], {}
+    for name, lstm in by_name.items():
+        row: dict[str, Any] = {"variant": name}
+        rows.append(row)
+        try:
+            row["error"] = error(both_ways(lstm, tensors), exact)
+            row["kernel"] = ops.last_kernel()
+            runs[name] = recorded(lambda lstm=lstm: both_ways(lstm, tensors))
+        except Exception as problem:  # too large for a GPU, say: told, and on
+            row["failed"] = str(problem).strip().splitlines()[0][:200]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            wait()
+            began = time.perf_counter()
+            for _ in range(steps):
+                run()
+            wait()
+            times[name].append(1000 * (time.perf_counter() - began) / steps)
+    for row in rows:
+        if taken := times.get(row["variant"]):
+            row["ms"] = round(float(np.median(taken)), 4)
+            row["least_ms"] = round(min(taken), 4)
+    return rows
+
+
+def wait() -> None:
+    if ops.has_gpu():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--presets", nargs="+", default=["zaremba_medium", "awd", "awd_adam"])
+    add("--precisions", nargs="+", default=["tf32", "float32", "bfloat16"])
+    add("--steps", type=int, default=20, help="in a round")
+    add("--rounds", type=int, default=5)
+    add("--time-steps", type=int, help="instead of the preset's")
+    add("--out", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    if not ops.has_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit(
+            "recurrence.py: needs KERAS_BACKEND=torch and a GPU that PyTorch "
+            "sees; or TRITON_INTERPRET=1, for a check of the numbers alone."
+        )
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "device": ops.device_name(),
+        "versions": installed_versions("torch"),
+        "default_blocks": asdict(triton_torch.Blocks()),
+        "results": [],
+    }
+    for precision in options.precisions:
+        by_name = variants(BLOCKS if precision == "tf32" else BLOCKS[:1])
+        dtype = getattr(torch, precision.replace("tf32", "float32"))
+        for name in options.presets:
+            preset = find_preset(name)
+            # The widest layer, from one as wide or from the embedding.
+            units = max(preset.units_of_layers)
+            many = preset.num_layers > 2
+            shape = (
+                preset.batch_size,
+                options.time_steps or preset.sequence_length,
+                units if many else preset.embedding_dim,
+                units,
+            )
+            with ops.tf32(precision == "tf32"):
+                rows = measure(
+                    tensors_of(*shape, dtype),
+                    by_name,
+                    options.steps,
+                    options.rounds,
+                )
+            result["results"].append(
+                {
+                    "preset": name,
+                    "precision": precision,
+                    "batch_time_features_units": shape,
+                    "variants": rows,
+                }
+            )
+            print(name, precision, shape)
+            for row in rows:
+                print("   ", row, flush=True)
+            if options.out:
+                write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
