@@ -112,8 +112,8 @@ def test_half_the_bits_keep_a_cell_state_of_float32(triton_torch, rng):
     zeros = torch.zeros(units, 4 * units, **half)
     _, _, c = triton_torch.lstm(
         torch.zeros(1, steps, units, **half),
-        torch.zeros(1, units, **half),
-        torch.full((1, units), 2048.0, **half),
+        torch.zeros(1, units, device=device),
+        torch.full((1, units), 2048.0, device=device),
         *(zeros, zeros, bias.flatten()),
     )
     assert (c == 2048 + steps / 2).all()

@@ -96,7 +96,7 @@ def lstm(
     )
     y, c = _Recurrence.apply(
         gates.view(time, batch, 4, units + missing),
-        _pad(h0, missing),
+        _pad(h0.to(dtype), missing),
         _pad(c0.float(), missing),
         recurrent_kernel,
         blocks,
