@@ -163,6 +163,7 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["pytorch_650_tied-torch"],
         ["zaremba_medium-torch"],
         ["recorded-steps"],
+        ["between-epochs"],
         ["adam_512-jax"],
         ["adam_512-torch"],
         ["lstm-step"],

@@ -5,12 +5,11 @@
 
 In this order: PyTorch's LSTM layers by cuDNN and in Triton; `awd_adam` by
 each; `pytorch_650_tied`; `zaremba_medium`; recorded steps of PyTorch;
-`adam_512` on each backend, for the time to its perplexity; training steps of
-all backends; `best` and `awd` side by side, at equal compute, for as many
-epochs as there is time (22 s each on an H200). Next: `--only recurrence
-awd_adam-torch awd_adam-torch-triton`, which fit in nine minutes. Half a minute
-without a command can cost the machine: what must not be lost belongs into one
-command. The corpus is Penn
+`adam_512` under Python's profiler, then on each backend, for the time to its
+perplexity; training steps of all backends; `best` and `awd` side by side, at
+equal compute, for as many epochs as there is time (22 s each on an H200). Next:
+`--only recurrence awd_adam-torch awd_adam-torch-triton`, which fit in nine
+minutes: what must not be lost belongs into one command. The corpus is Penn
 Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm in it,
 this one too (or PYTHONPATH leads there). What fails is told and the rest goes
 on; logs and run folders are in FOLDER, and what is there already is gone on
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from multilstm.selection import parse_pythons
@@ -53,16 +52,27 @@ def tasks(
 ) -> Iterator[tuple[float, list[Task]]]:
     """Groups of tasks that run side by side, and the most seconds for each."""
 
-    def training(preset: str, backend: str, *, triton: bool = False) -> Task:
-        folder = out / f"{preset}-{backend}{'-triton' * triton}"
+    def training(
+        preset: str,
+        backend: str,
+        *,
+        triton: bool = False,
+        epochs: int | None = None,
+    ) -> Task:
+        name = f"{preset}-{backend}{'-triton' * triton}"
+        if epochs:
+            name += f"-{epochs}-epochs"
+        folder = out / name
         command = (
             *(str(pythons[backend]), "-m", "multilstm", "train", "--resume"),
             *("--preset", preset, "--corpus", "ptb", "--out", str(folder)),
         )
+        if epochs:
+            command += ("--epochs", str(epochs))
         environment = {"KERAS_BACKEND": backend}
         if triton:
             environment["MULTILSTM_TRITON"] = "1"
-        return Task(folder.name, command, environment, takes_minutes=True)
+        return Task(name, command, environment, takes_minutes=True)
 
     first = "torch" if "torch" in pythons else next(iter(pythons))
 
@@ -80,6 +90,12 @@ def tasks(
         yield 420, [training(preset, first)]
     if "torch" in pythons:
         yield 90, [of_torch("recorded-steps", "recorded_steps.py")]
+        # What takes the time between epochs, which on a GPU are short.
+        epochs = training("adam_512", "torch", epochs=4)
+        profiler = ("-m", "cProfile", "-o", str(out / "between-epochs.prof"))
+        python, *rest = epochs.command
+        command = (python, *profiler, *rest)
+        yield 90, [replace(epochs, name="between-epochs", command=command)]
     for backend in pythons:
         yield 150, [training("adam_512", backend)]
     named = [f"--python={name}={path}" for name, path in pythons.items()]
