@@ -219,12 +219,12 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
             (90, 128, "float32", "fp32"),
         ):
             h = torch.zeros(1, 1152, dtype=getattr(torch, dtype))
-            for kernel, width, more in (
-                (triton_torch._step, 64, {}),
-                (triton_torch._step_back, 16, {"IS_LAST": False}),
+            for kernel, more in (
+                (triton_torch._step, {}),
+                (triton_torch._step_back, {"IS_LAST": False}),
             ):
                 _, options = triton_torch._launch(
-                    triton_torch.Blocks(), rows, width, h
+                    triton_torch.Blocks(), rows, h, is_back=bool(more)
                 )
                 warps = options.pop("num_warps"), options.pop("num_stages")
                 fixed = {"SIZE": 1152} | options | more

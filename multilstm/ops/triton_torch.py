@@ -125,12 +125,11 @@ class _Recurrence(torch.autograd.Function):
         c = c0.new_empty(time + 1, batch, units)
         h[0], c[0] = h0, c0
         gates = torch.empty_like(sums)
-        # For each program `(units, its units and their gates)`, in one piece.
-        parts = kernel.reshape(units, 4, -1, blocks.units)
-        parts = parts.permute(2, 0, 3, 1).contiguous()
-        grid, options = _launch(blocks, batch, 4 * blocks.units, h)
+        # A row for each unit and gate, as tensor cores like to read it.
+        rows = kernel.permute(2, 1, 0).contiguous()
+        grid, options = _launch(blocks, batch, h)
         for step in range(time):
-            _step[grid](step, batch, sums, gates, h, c, parts, units, **options)
+            _step[grid](step, batch, sums, gates, h, c, rows, units, **options)
         ctx.save_for_backward(gates, h, c, kernel)
         ctx.blocks = blocks
         ctx.set_materialize_grads(False)
@@ -144,13 +143,11 @@ class _Recurrence(torch.autograd.Function):
         dy = torch.zeros_like(h[1:]) if dy is None else dy.contiguous()
         dc = torch.zeros_like(c[0]) if dc is None else dc.clone()
         d_sums = torch.empty_like(gates)
-        # For each program `(gates and units, its units)`, in one piece.
-        parts = kernel.reshape(-1, ctx.blocks.units, 4 * units)
-        parts = parts.transpose(1, 2).contiguous()
-        grid, options = _launch(ctx.blocks, batch, ctx.blocks.units, h)
+        rows = kernel.contiguous()  # one for each unit
+        grid, options = _launch(ctx.blocks, batch, h, is_back=True)
         for step in reversed(range(time)):
             _step_back[grid](
-                *(step, batch, gates, c, dy, d_sums, dc, parts, units),
+                *(step, batch, gates, c, dy, d_sums, dc, rows, units),
                 IS_LAST=step == time - 1,
                 **options,
             )
@@ -165,24 +162,28 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _launch(
-    blocks: Blocks, batch: int, width: int, h: Any
+    blocks: Blocks, batch: int, h: Any, *, is_back: bool = False
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """How many programs, and how each of them multiplies.
 
     Args:
         blocks: As asked for; of the stages there are as many as fit.
         batch: Rows.
-        width: Columns of a program's product.
         h: States, of shape `(..., units)`.
+        is_back: Whether for the way back, with a fourth of the columns and
+            four times the inner side, of which twice as much goes at once.
     """
+    width, inner = 4 * blocks.units, blocks.inner
+    if is_back:
+        width, inner = blocks.units, 2 * blocks.inner
     rows = min(max(triton.next_power_of_2(batch), 16), blocks.most_rows)
-    stage = (rows + width) * blocks.inner * h.element_size()
+    stage = (rows + width) * inner * h.element_size()
     most_stages = _shared_memory(h.device) // stage
     grid = h.shape[-1] // blocks.units, triton.cdiv(batch, rows)
     return grid, {
         "ROWS": rows,
         "UNITS": blocks.units,
-        "INNER": blocks.inner,
+        "INNER": inner,
         "PRECISION": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
         "num_warps": blocks.warps * (2 if rows == blocks.most_rows else 1),
         "num_stages": max(1, min(blocks.stages, most_stages)),
@@ -215,32 +216,38 @@ def _step(
     part = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row = (row < batch)[:, None]
-    inner = tl.arange(0, INNER)
-    column = tl.arange(0, 4 * UNITS)
+    unit = (part * UNITS + tl.arange(0, UNITS))[None, :]
     place = (tl.cast(step, tl.int64) * batch + row)[:, None]  # in time
 
+    # On their way while the product is computed.
+    gate = place * (4 * SIZE) + unit
+    i = tl.load(sums + gate, mask=is_row)
+    f = tl.load(sums + gate + SIZE, mask=is_row)
+    g = tl.load(sums + gate + 2 * SIZE, mask=is_row)
+    o = tl.load(sums + gate + 3 * SIZE, mask=is_row)
+    before = place * SIZE + unit
+    after = before + batch * SIZE
+    old_c = tl.load(c + before, mask=is_row)
+
+    inner = tl.arange(0, INNER)
+    column = part * (4 * UNITS) + tl.arange(0, 4 * UNITS)
     left = h + place * SIZE + inner[None, :]
-    right = weights + tl.cast(part, tl.int64) * (SIZE * 4 * UNITS)
-    right += inner[:, None] * (4 * UNITS) + column[None, :]
+    right = weights + column[None, :] * SIZE + inner[:, None]
     total = tl.zeros((ROWS, 4 * UNITS), tl.float32)
     for first in range(0, SIZE, INNER):
         states = tl.load(left + first, mask=is_row, other=0.0)
-        matrix = tl.load(right + first * (4 * UNITS))
+        matrix = tl.load(right + first)
         total = tl.dot(states, matrix, total, input_precision=PRECISION)
     # Columns are units times gates: 4 * unit + 2 * high + low.
     even, odd = tl.split(tl.reshape(total, (ROWS, UNITS, 2, 2)))
-    i, g = tl.split(even)
-    f, o = tl.split(odd)
+    more_i, more_g = tl.split(even)
+    more_f, more_o = tl.split(odd)
 
-    unit = (part * UNITS + tl.arange(0, UNITS))[None, :]
-    gate = place * (4 * SIZE) + unit
-    i = _sigmoid(i + tl.load(sums + gate, mask=is_row))
-    f = _sigmoid(f + tl.load(sums + gate + SIZE, mask=is_row))
-    g = _tanh(g + tl.load(sums + gate + 2 * SIZE, mask=is_row))
-    o = _sigmoid(o + tl.load(sums + gate + 3 * SIZE, mask=is_row))
-    before = place * SIZE + unit
-    after = before + batch * SIZE
-    new_c = f * tl.load(c + before, mask=is_row) + i * g
+    i = _sigmoid(i + more_i)
+    f = _sigmoid(f + more_f)
+    g = _tanh(g + more_g)
+    o = _sigmoid(o + more_o)
+    new_c = f * old_c + i * g
     tl.store(c + after, new_c, mask=is_row)
     tl.store(h + after, o * _tanh(new_c), mask=is_row)
     tl.store(gates + gate, i, mask=is_row)
@@ -277,12 +284,15 @@ def _step_back(
     if not IS_LAST:
         inner = tl.arange(0, INNER)
         left = d_sums + (place + batch) * (4 * SIZE) + inner[None, :]
-        right = weights + tl.cast(part, tl.int64) * (4 * SIZE * UNITS)
-        right += inner[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+        right = weights + unit * (4 * SIZE) + inner[:, None]
         for first in range(0, 4 * SIZE, INNER):
             later = tl.load(left + first, mask=is_row, other=0.0)
-            matrix = tl.load(right + first * UNITS)
+            matrix = tl.load(right + first)
             total = tl.dot(later, matrix, total, input_precision=PRECISION)
+        # A sum over one number: else all that is loaded below is brought into
+        # the order of the product, through shared memory, instead of this
+        # alone. (So it is too where those loads stand above the product.)
+        total = tl.sum(tl.reshape(total, (ROWS, UNITS, 1)), 2)
 
     gate = place * (4 * SIZE) + unit
     i = tl.load(gates + gate, mask=is_row).to(tl.float32)
@@ -291,10 +301,13 @@ def _step_back(
     o = tl.load(gates + gate + 3 * SIZE, mask=is_row).to(tl.float32)
     before = place * SIZE + unit
     old_c = tl.load(c + before, mask=is_row)
-    tanh_c = _tanh(tl.load(c + before + batch * SIZE, mask=is_row))
+    new_c = tl.load(c + before + batch * SIZE, mask=is_row)
     dh = total + tl.load(dy + before, mask=is_row)
     carried = dc + row[:, None] * SIZE + unit
-    d_new = tl.load(carried, mask=is_row) + dh * o * (1 - tanh_c * tanh_c)
+    d_new = tl.load(carried, mask=is_row)
+
+    tanh_c = _tanh(new_c)
+    d_new += dh * o * (1 - tanh_c * tanh_c)
     tl.store(carried, d_new * f, mask=is_row)
     tl.store(d_sums + gate, d_new * g * i * (1 - i), mask=is_row)
     tl.store(d_sums + gate + SIZE, d_new * old_c * f * (1 - f), mask=is_row)
