@@ -167,7 +167,8 @@ def _launch(
     """How many programs, and how each of them multiplies.
 
     Args:
-        blocks: As asked for; of the stages there are as many as fit.
+        blocks: As asked for, but less of the inner side at once where there
+            is no room for two stages, and no more stages than there is for.
         batch: Rows.
         h: States, of shape `(..., units)`.
         is_back: Whether for the way back, with a fourth of the columns and
@@ -177,8 +178,9 @@ def _launch(
     if is_back:
         width, inner = blocks.units, 2 * blocks.inner
     rows = min(max(triton.next_power_of_2(batch), 16), blocks.most_rows)
-    stage = (rows + width) * inner * h.element_size()
-    most_stages = _shared_memory(h.device) // stage
+    room = _shared_memory(h.device) // ((rows + width) * h.element_size())
+    while inner > 16 and 2 * inner > room:  # for two stages
+        inner //= 2
     grid = h.shape[-1] // blocks.units, triton.cdiv(batch, rows)
     return grid, {
         "ROWS": rows,
@@ -186,7 +188,7 @@ def _launch(
         "INNER": inner,
         "PRECISION": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
         "num_warps": blocks.warps * (2 if rows == blocks.most_rows else 1),
-        "num_stages": max(1, min(blocks.stages, most_stages)),
+        "num_stages": max(1, min(blocks.stages, room // inner)),
     }
 
 
