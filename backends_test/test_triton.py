@@ -13,6 +13,7 @@ import oracles
 import pytest
 
 from multilstm import ops
+from multilstm.doctor import is_fast
 
 pytestmark = pytest.mark.skipif(
     keras.config.backend() != "torch", reason="of PyTorch's implementation"
@@ -266,3 +267,8 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
         assert shared <= 99 * 1024
         assert multiplies_on_tensor_cores
         assert loads_ahead
+
+
+def test_the_doctor_takes_it_for_a_fast_one_on_a_gpu():
+    assert is_fast("torch: triton", gpu=True)
+    assert not is_fast("torch: triton", gpu=False)

@@ -88,7 +88,7 @@ def _examine(
 def is_fast(kernel: str, *, gpu: bool) -> bool:
     """Whether a kernel is the best that we have for such a device."""
     if gpu:
-        return kernel.endswith(": cudnn") or kernel.endswith(": miopen")
+        return kernel.endswith((": cudnn", ": miopen", ": triton"))
     return kernel in ("jax: scan", "torch: onednn", "tensorflow: loop")
 
 
