@@ -59,7 +59,7 @@ def run(lstm, arrays, upstream, dtype, **options):
     ]
     outputs = lstm(*tensors, **options)
     gradients = torch.autograd.grad(
-        outputs, tensors, [torch.tensor(u, **of_dtype) for u in upstream]
+        outputs, tensors, [torch.from_numpy(u).to(**of_dtype) for u in upstream]
     )
     return [t.detach().double().cpu() for t in (*outputs, *gradients)]
 
@@ -120,8 +120,23 @@ def test_half_the_bits_keep_a_cell_state_of_float32(triton_torch, rng):
     assert (c == 2048 + steps / 2).all()
 
 
+def test_gradients_of_the_states_may_come_column_by_column(triton_torch, rng):
+    """64 units are not padded, so that they come as they were."""
+    batch, units = 3, 64
+    arrays = arrays_of(rng, batch, 2, 5, units)
+    upstream = upstream_of(rng, batch, 2, units)
+    [x, h, c] = (np.asfortranarray(array) for array in upstream)
+    found, other = (
+        run(triton_torch.lstm, arrays, given, "float32")
+        for given in (upstream, [x, h, c])
+    )
+    for mine, same in zip(found, other, strict=True):
+        np.testing.assert_array_equal(mine, same)
+
+
 @pytest.mark.parametrize(
-    "blocks", [{"units": 32}, {"inner": 32}, {"most_rows": 16}]
+    "blocks",
+    [{"units": 8}, {"units": 32}, {"inner": 32}, {"most_rows": 16}],
 )
 def test_how_products_are_cut_changes_nothing(triton_torch, rng, blocks):
     arrays = arrays_of(rng, 20, 2, 5, 40)

@@ -3,17 +3,17 @@
     python benchmarks/on_gpu.py --minutes 12 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: PyTorch's LSTM layers by cuDNN and in Triton; `awd_adam` by
-each; `pytorch_650_tied`; `zaremba_medium`; recorded steps of PyTorch;
-`adam_512` under Python's profiler, then on each backend, for the time to its
-perplexity; training steps of all backends; `best` and `awd` side by side, at
-equal compute, for as many epochs as there is time (22 s each on an H200). Next:
-`--only recurrence awd_adam-torch awd_adam-torch-triton`, which fit in nine
-minutes: what must not be lost belongs into one command. The corpus is Penn
-Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm in it,
-this one too (or PYTHONPATH leads there). What fails is told and the rest goes
-on; logs and run folders are in FOLDER, and what is there already is gone on
-from.
+In this order: PyTorch's LSTM layers by cuDNN and in Triton; `awd_adam` in
+Triton, then by cuDNN; `pytorch_650_tied`; `zaremba_medium`; recorded steps of
+PyTorch; `adam_512` under Python's profiler, then on each backend, for the time
+to its perplexity; training steps of all backends; `best` and `awd` side by
+side, at equal compute, for as many epochs as there is time (22 s each on an
+H200). Next: `--only recurrence awd_adam-torch-triton awd_adam-torch`, in nine
+minutes, of which the last gets what the others leave: what must not be lost
+belongs into one command. The corpus is Penn Treebank, from MULTILSTM_DATA or by
+download. Every Python has multilstm in it, this one too (or PYTHONPATH leads
+there). What fails is told and the rest goes on; logs and run folders are in
+FOLDER, and what is there already is gone on from.
 """
 
 import argparse
@@ -83,9 +83,8 @@ def tasks(
 
     if "torch" in pythons:
         yield 180, [of_torch("recurrence", "recurrence.py")]
-    yield 280, [training("awd_adam", first)]
-    if "torch" in pythons:
         yield 280, [training("awd_adam", "torch", triton=True)]
+    yield 280, [training("awd_adam", first)]
     for preset in ("pytorch_650_tied", "zaremba_medium"):
         yield 420, [training(preset, first)]
     if "torch" in pythons:

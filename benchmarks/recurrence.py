@@ -6,17 +6,19 @@ A training step of `awd` is fifteen milliseconds on an H200, of which its LSTM
 layers take twelve. `multilstm/ops/triton_torch.py` is meant to take a fraction
 of that, and has been seen to be right on a CPU (with TRITON_INTERPRET=1,
 slowly) and to compile for a GPU, not to run on one. Here the widest layer of a
-preset runs forward and back, recorded as a CUDA graph and replayed, by cuDNN
-and by that, in turns; for TF32 with the products of a step cut in several ways.
-First comes how far outputs and gradients are from those in float64.
+preset runs forward, and forward and back, recorded as a CUDA graph and
+replayed, by cuDNN and by that, in turns; for TF32 with the products of a step
+cut in several ways. First comes how far outputs and gradients of a replay are
+from those in float64.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import torch  # noqa: TID251  (its graphs)
 
 from multilstm import ops
-from multilstm.files import write_json
+from multilstm.files import finite_or_none, write_json
 from multilstm.ops import torch as by_cudnn
 from multilstm.ops import triton_torch
 from multilstm.presets import find_preset
@@ -35,8 +37,10 @@ SCHEMA = "multilstm.recurrence/1"
 # Each of them in turn beside the ones that are taken where nothing is said.
 BLOCKS = [
     {},
-    {"units": 32},
-    {"inner": 128, "stages": 3},
+    {"units": 8},
+    {"most_rows": 32},
+    {"most_rows": 32, "units": 32},
+    {"most_rows": 64},
     {"stages": 6},
     {"warps": 8},
 ]
@@ -90,19 +94,20 @@ def in_float64(tensors: Sequence[Any]) -> list[Any]:
     return both_ways(by_cudnn.lstm, exact)
 
 
-def error(found: Sequence[Any], exact: Sequence[Any]) -> float:
-    """The largest, as a share of the largest number of its tensor."""
-    return max(
-        float((mine.double() - true).detach().abs().max())
+def errors(found: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
+    """The largest of each tensor, as a share of its largest number."""
+    names = ("y", "dx", "d_kernel", "d_recurrent_kernel", "d_bias")
+    return {
+        name: float((mine.double() - true).detach().abs().max())
         / float(true.detach().abs().max())
-        for mine, true in zip(found, exact, strict=True)
-    )
+        for name, mine, true in zip(names, found, exact, strict=True)
+    }
 
 
-def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that does on the GPU what another does."""
+def recorded(run: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """A function that does on the GPU what another does, and what it gives."""
     if not ops.has_gpu():
-        return run
+        return run, run()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -111,8 +116,9 @@ def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return lambda: graph.replay()
+        given = run()
+    graph.replay()
+    return graph.replay, given
 
 
 def measure(
@@ -120,33 +126,42 @@ def measure(
     by_name: dict[str, Callable[..., Any]],
     steps: int,
     rounds: int,
-) -> list[dict[str, Any]]:
-    """Of each variant its error, and the milliseconds there and back."""
+) -> Iterator[dict[str, Any]]:
+    """Of each variant its errors, then the milliseconds there and back.
+
+    A row is given when there is something new in it, as the next one may end
+    the process: what a kernel does to the GPU nobody can take back.
+    """
     exact = in_float64(tensors)
-    rows, runs = [], {}
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[tuple[str, str], Any] = {}
     for name, lstm in by_name.items():
-        row: dict[str, Any] = {"variant": name}
-        rows.append(row)
+        row = rows[name] = {"variant": name}
         try:
-            row["error"] = error(both_ways(lstm, tensors), exact)
+            back, given = recorded(partial(both_ways, lstm, tensors))
+            row["errors"] = errors(given, exact)
             row["kernel"] = ops.last_kernel()
-            runs[name] = recorded(lambda lstm=lstm: both_ways(lstm, tensors))
+            there, _ = recorded(partial(lstm, *tensors))
         except Exception as problem:  # too large for a GPU, say: told, and on
             row["failed"] = str(problem).strip().splitlines()[0][:200]
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        else:
+            runs[name, "forward_ms"] = there
+            runs[name, "ms"] = back
+        yield row
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
+        for key, run in runs.items():
             wait()
             began = time.perf_counter()
             for _ in range(steps):
                 run()
             wait()
-            times[name].append(1000 * (time.perf_counter() - began) / steps)
-    for row in rows:
-        if taken := times.get(row["variant"]):
-            row["ms"] = round(float(np.median(taken)), 4)
-            row["least_ms"] = round(min(taken), 4)
-    return rows
+            times[key].append(1000 * (time.perf_counter() - began) / steps)
+    for (name, what), taken in times.items():
+        rows[name][what] = round(float(np.median(taken)), 4)
+        rows[name][f"least_{what}"] = round(min(taken), 4)
+        if what == "ms":
+            yield rows[name]
 
 
 def wait() -> None:
@@ -190,26 +205,24 @@ def main() -> None:
                 units if many else preset.embedding_dim,
                 units,
             )
-            with ops.tf32(precision == "tf32"):
-                rows = measure(
-                    tensors_of(*shape, dtype),
-                    by_name,
-                    options.steps,
-                    options.rounds,
-                )
+            rows: dict[str, dict[str, Any]] = {}
             result["results"].append(
                 {
                     "preset": name,
                     "precision": precision,
                     "batch_time_features_units": shape,
-                    "variants": rows,
                 }
             )
             print(name, precision, shape)
-            for row in rows:
-                print("   ", row, flush=True)
-            if options.out:
-                write_json(options.out, result)
+            with ops.tf32(precision != "float32"):  # as where models train
+                tensors = tensors_of(*shape, dtype)
+                many = options.steps, options.rounds
+                for row in measure(tensors, by_name, *many):
+                    print("   ", row, flush=True)
+                    rows[row["variant"]] = row
+                    result["results"][-1]["variants"] = [*rows.values()]
+                    if options.out:
+                        write_json(options.out, finite_or_none(result))
 
 
 if __name__ == "__main__":

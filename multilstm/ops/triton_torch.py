@@ -11,6 +11,7 @@ the matrices, are large products as ever.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Blocks:
     Not one of these numbers has been measured against another yet.
 
     Attributes:
-        units: Of a program, with their four gates; 16 or more.
+        units: Of a program, with their four gates; 8 or more.
         inner: Of the product's inner side, how much at once. A multiple of
             `units`, to which the number of units is padded.
         most_rows: Of a program, as it has registers for.
@@ -82,31 +83,30 @@ def lstm(
     units = recurrent_kernel.shape[0]
     missing = -units % blocks.inner
     kernel, recurrent_kernel, bias = (
-        _pad(tensor.to(dtype).unflatten(-1, (4, units)), missing)
+        tensor.to(dtype).unflatten(-1, (4, units))
         for tensor in (kernel, recurrent_kernel, bias)
     )
-    if missing:
-        recurrent_kernel = torch.nn.functional.pad(
-            recurrent_kernel, (0, 0, 0, 0, 0, missing)
-        )
     gates = torch.addmm(
-        bias.flatten(),
+        _pad(bias, missing).flatten(),
         x.transpose(0, 1).flatten(0, 1),
-        kernel.flatten(1),
+        _pad(kernel, missing).flatten(1),
     )
     y, c = _Recurrence.apply(
         gates.view(time, batch, 4, units + missing),
         _pad(h0.to(dtype), missing),
         _pad(c0.float(), missing),
-        recurrent_kernel,
+        _pad(recurrent_kernel, missing, 0, 0, 0, missing),
         blocks,
     )
     y = y[..., :units].transpose(0, 1)
     return y, y[:, -1], c[:, :units].to(dtype)
 
 
-def _pad(tensor: Any, missing: int) -> Any:
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+def _pad(tensor: Any, missing: int, *more: int) -> Any:
+    """With zeros after the last side, and where `more` says it, as PyTorch."""
+    if not missing:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, missing, *more))
 
 
 class _Recurrence(torch.autograd.Function):
@@ -141,7 +141,7 @@ class _Recurrence(torch.autograd.Function):
         gates, h, c, kernel = ctx.saved_tensors
         time, batch, _, units = gates.shape
         dy = torch.zeros_like(h[1:]) if dy is None else dy.contiguous()
-        dc = torch.zeros_like(c[0]) if dc is None else dc.clone()
+        dc = torch.zeros_like(c[0]) if dc is None else _own_rows(dc)
         d_sums = torch.empty_like(gates)
         rows = kernel.contiguous()  # one for each unit
         grid, options = _launch(ctx.blocks, batch, h, is_back=True)
@@ -159,6 +159,11 @@ class _Recurrence(torch.autograd.Function):
             d_kernel = before.T @ d_sums.view(time * batch, -1)
             d_kernel = d_kernel.view(kernel.shape)
         return d_sums, d_h0, dc, d_kernel, None
+
+
+def _own_rows(dc: Any) -> Any:
+    """A copy to write to, row by row however the gradient came."""
+    return dc.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(
@@ -192,6 +197,7 @@ def _launch(
     }
 
 
+@lru_cache
 def _shared_memory(device: Any) -> int:
     if device.type != "cuda":
         return _SHARED_MEMORY
