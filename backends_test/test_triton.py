@@ -64,6 +64,19 @@ def run(lstm, arrays, upstream, dtype, **options):
     return [t.detach().double().cpu() for t in (*outputs, *gradients)]
 
 
+def check(lstm, arrays, upstream, dtype, tolerance):
+    """Outputs and gradients are the oracle's."""
+    expected = (
+        *oracles.lstm(*arrays),
+        *oracles.lstm_gradients(arrays, upstream),
+    )
+    found = run(lstm, arrays, upstream, dtype)
+    for mine, true in zip(found, expected, strict=True):
+        # A weight's gradient is a sum over all rows and steps.
+        size = max(1.0, np.abs(true).max())
+        np.testing.assert_allclose(mine / size, true / size, **tolerance)
+
+
 @pytest.mark.parametrize(
     ("batch", "time", "features", "units"),
     [
@@ -76,30 +89,19 @@ def run(lstm, arrays, upstream, dtype, **options):
 def test_outputs_and_gradients_are_the_oracles(
     triton_torch, rng, batch, time, features, units
 ):
-    arrays = arrays_of(rng, batch, time, features, units)
-    upstream = upstream_of(rng, batch, time, units)
-    found = run(triton_torch.lstm, arrays, upstream, "float32")
-    expected = [
-        *oracles.lstm(*arrays, None),
-        *oracles.lstm_gradients(arrays, upstream, None),
-    ]
-    for mine, true in zip(found, expected, strict=True):
-        # A weight's gradient is a sum over all rows and steps.
-        size = max(1.0, np.abs(true).max())
-        np.testing.assert_allclose(mine / size, true / size, **FLOAT32)
+    check(
+        triton_torch.lstm,
+        arrays_of(rng, batch, time, features, units),
+        upstream_of(rng, batch, time, units),
+        "float32",
+        FLOAT32,
+    )
 
 
 def test_half_the_bits_keep_a_cell_state_of_float32(triton_torch, rng):
     arrays = arrays_of(rng, 3, 4, 5, 16)
     upstream = upstream_of(rng, 3, 4, 16)
-    found = run(triton_torch.lstm, arrays, upstream, "float16")
-    expected = [
-        *oracles.lstm(*arrays, None),
-        *oracles.lstm_gradients(arrays, upstream, None),
-    ]
-    for mine, true in zip(found, expected, strict=True):
-        size = max(1.0, np.abs(true).max())
-        np.testing.assert_allclose(mine / size, true / size, **FLOAT16)
+    check(triton_torch.lstm, arrays, upstream, "float16", FLOAT16)
 
     # 2,048 and a half is no number of float16: an open forget gate, and an
     # input gate of which each step adds a half.

@@ -198,11 +198,10 @@ def main() -> None:
             preset = find_preset(name)
             # The widest layer, from one as wide or from the embedding.
             units = max(preset.units_of_layers)
-            many = preset.num_layers > 2
             shape = (
                 preset.batch_size,
                 options.time_steps or preset.sequence_length,
-                units if many else preset.embedding_dim,
+                units if preset.num_layers > 2 else preset.embedding_dim,
                 units,
             )
             rows: dict[str, dict[str, Any]] = {}
@@ -216,8 +215,8 @@ def main() -> None:
             print(name, precision, shape)
             with ops.tf32(precision != "float32"):  # as where models train
                 tensors = tensors_of(*shape, dtype)
-                many = options.steps, options.rounds
-                for row in measure(tensors, by_name, *many):
+                repeats = options.steps, options.rounds
+                for row in measure(tensors, by_name, *repeats):
                     print("   ", row, flush=True)
                     rows[row["variant"]] = row
                     result["results"][-1]["variants"] = [*rows.values()]

@@ -141,7 +141,10 @@ class _Recurrence(torch.autograd.Function):
         gates, h, c, kernel = ctx.saved_tensors
         time, batch, _, units = gates.shape
         dy = torch.zeros_like(h[1:]) if dy is None else dy.contiguous()
-        dc = torch.zeros_like(c[0]) if dc is None else _own_rows(dc)
+        if dc is None:
+            dc = torch.zeros_like(c[0])
+        else:  # to be written to, and row by row however it came
+            dc = dc.clone(memory_format=torch.contiguous_format)
         d_sums = torch.empty_like(gates)
         rows = kernel.contiguous()  # one for each unit
         grid, options = _launch(ctx.blocks, batch, h, is_back=True)
@@ -159,11 +162,6 @@ class _Recurrence(torch.autograd.Function):
             d_kernel = before.T @ d_sums.view(time * batch, -1)
             d_kernel = d_kernel.view(kernel.shape)
         return d_sums, d_h0, dc, d_kernel, None
-
-
-def _own_rows(dc: Any) -> Any:
-    """A copy to write to, row by row however the gradient came."""
-    return dc.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(
