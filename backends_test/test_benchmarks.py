@@ -17,6 +17,20 @@ ON_GPU = SCRIPT.with_name("on_gpu.py")
 RECURRENCE = SCRIPT.with_name("recurrence.py")
 
 
+SCRIPTS = sorted(SCRIPT.parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_what_a_script_imports_is_there(script, monkeypatch):
+    monkeypatch.syspath_prepend(script.parent)  # as for what Python starts
+    try:
+        runpy.run_path(str(script), run_name="imported")
+    except ModuleNotFoundError as error:
+        if error.name not in ("jax", "torch", "tensorflow", "triton"):
+            raise
+        pytest.skip(f"it is for {error.name}, which is not installed")
+
+
 def run(*arguments, script=SCRIPT):
     return subprocess.run(
         [sys.executable, script, *arguments],

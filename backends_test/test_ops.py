@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -576,6 +578,51 @@ def test_tensorflow_builds_a_step_with_cudnn_and_its_gradient(
     } | {operation.type for operation in graph.graph.get_operations()}
     assert {"CudnnRNNV3", "CudnnRNNBackpropV3"} <= operations
     assert ops.last_kernel() == "tensorflow: cudnn"
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's devices")
+@pytest.mark.parametrize(("softmax", "sampled"), [("exact", 0), ("sampled", 1)])
+def test_a_step_on_tensorflow_waits_for_nothing_from_the_device(
+    softmax, sampled
+):
+    """TensorFlow has ids and what keys are made of on the host."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "two_processors.py", softmax],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    masks = 5  # of words, of inputs, of outputs and of two layers' weights
+    assert found == {
+        "there": ["Cast"] * (masks + sampled) + ["StridedSlice"] * 2,
+        "back": [],
+    }
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's gradient")
+def test_gradient_of_packed_weights_is_that_of_their_places(rng):
+    """By the gradient that TensorFlow makes of the reference."""
+    from multilstm.ops import tensorflow
+
+    weights = [
+        draw_arguments(rng, 1, 1, *sizes)[3:] for sizes in ((3, 5), (5, 5))
+    ]
+    count = sum(array.size for layer in weights for array in layer) + 2 * 20
+    upstream = [rng.normal(size=count)]
+    found, expected = (
+        run(
+            lambda *flat, pack=pack: pack([flat[:3], flat[3:]]),
+            [array for layer in weights for array in layer],
+            upstream,
+        )
+        for pack in (tensorflow._pack, reference.pack_for_cudnn)
+    )
+    # Numbers are moved, none is changed.
+    for group, truths in zip(found, expected, strict=True):
+        for ours, truth in zip(group, truths, strict=True):
+            np.testing.assert_array_equal(ours, truth)
 
 
 @pytest.fixture(params=["loop, products by onednn", "onednn"])

@@ -22,7 +22,7 @@ from multilstm import (
     evaluate,
     load_corpus,
 )
-from multilstm.ops import LSTM_KERNEL, device_name
+from multilstm.ops import device_name, last_kernel
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         "epochs": 1,
         "backend": keras.config.backend(),
         "device": device_name(),
-        "kernel": LSTM_KERNEL,
+        "kernel": last_kernel(),
         "runs": runs,
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ import keras
 import numpy as np
 
 from multilstm import LanguageModel, NextWordWindows, load_corpus
-from multilstm.ops import LSTM_KERNEL, device_name
+from multilstm.ops import device_name, last_kernel
 
 STEPS, ROWS = 30, 20
 
@@ -87,7 +87,7 @@ class Record(keras.callbacks.Callback):
             "mode": mode,
             "backend": keras.config.backend(),
             "device": device_name(),
-            "kernel": LSTM_KERNEL,
+            "kernel": None,
             "epochs": [],
         }
 
@@ -107,6 +107,7 @@ class Record(keras.callbacks.Callback):
             row["rows_with_wrong_targets"] = (
                 self.source.num_wrong / self.source.num_rows
             )
+        self.record["kernel"] = last_kernel()
         self.record["epochs"].append(row)
         self.path.write_text(json.dumps(self.record, indent=2) + "\n")
         print(json.dumps(row), flush=True)

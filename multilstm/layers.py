@@ -21,6 +21,7 @@ from multilstm.ops import (
     lstm,
     lstm_stack,
     lstm_weights,
+    on_host,
 )
 
 State = tuple[Any, Any]
@@ -427,6 +428,10 @@ class Dropout(keras.layers.Dropout):
         **kwargs: Of `keras.layers.Dropout`.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with on_host():  # the seed's state
+            super().__init__(*args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         if not (training and self.rate):
             return inputs
@@ -478,7 +483,7 @@ class Embedding(keras.layers.Embedding):
         if training and self.dropout:
             ones = ops.ones((self.input_dim, 1), self.compute_dtype)
             mask = self.word_dropout(ones, training=True)
-            rows = rows * ops.take(mask, token_ids, axis=0)
+            rows = rows * embedding_lookup(mask, token_ids)
         return rows
 
     def get_config(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from multilstm.ops import (
     logs_to_reduce,
     make_test_function,
     make_train_function,
+    on_host,
     rows_here,
     scale_loss,
     starts_singly,
@@ -542,11 +543,12 @@ class LanguageModel(keras.Model):
     ) -> tuple[Any, Any]:
         """The batch whose rows begin there, from the text on the device."""
         shape = (rows_here(batch_size), 1)
-        places = ops.reshape(row_starts, shape) + ops.arange(
-            length + 1, dtype="int32"
-        )
-        windows = ops.take(self.text, places, axis=0)
-        return windows[:, :-1], windows[:, 1:]
+        with on_host():
+            places = ops.reshape(row_starts, shape) + ops.arange(
+                length + 1, dtype="int32"
+            )
+            windows = ops.take(self.text, places, axis=0)
+            return windows[:, :-1], windows[:, 1:]
 
     @contextmanager
     def text_on_device(self, text: Any) -> Iterator[None]:
@@ -648,7 +650,8 @@ class LanguageModel(keras.Model):
                 self.build(self._rows)
             if self._text_of is not data.token_ids:
                 self._text_of = data.token_ids
-                self._text_kept = ops.convert_to_tensor(data.token_ids)
+                with on_host():
+                    self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
             data = feed(RowStarts(data), shuffle=shuffle)
         elif varies or (is_large and not shuffle):

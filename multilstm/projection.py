@@ -21,7 +21,7 @@ from multilstm.adaptive_softmax import (
 from multilstm.errors import UserError
 from multilstm.initializers import NumPyInitializer
 from multilstm.layers import Embedding
-from multilstm.ops import embedding_lookup, linear_cross_entropy
+from multilstm.ops import embedding_lookup, linear_cross_entropy, on_host
 
 Softmax = Literal["exact", "sampled", "adaptive"]
 
@@ -160,7 +160,8 @@ class SampledProjection(Projection):
     ) -> None:
         super().__init__(vocabulary_size, **kwargs)
         self.num_sampled = num_sampled
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        with on_host():
+            self.seed_generator = keras.random.SeedGenerator(seed)
 
     @property
     def words_per_target(self) -> int:
@@ -182,9 +183,10 @@ class SampledProjection(Projection):
             )
         if weights is not None:
             targets = ops.where(weights == 0, 0, targets)
-        sampled = draw_words(
-            self.num_sampled, self.vocabulary_size, self.seed_generator
-        )
+        with on_host():
+            sampled = draw_words(
+                self.num_sampled, self.vocabulary_size, self.seed_generator
+            )
         nll = self._estimate(self._narrow(features), targets, sampled)
         return nll if weights is None else nll * ops.cast(weights, "float32")
 

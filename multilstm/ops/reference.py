@@ -433,6 +433,16 @@ def has_gpu() -> bool:
 
 
 @contextmanager
+def on_host() -> Iterator[None]:
+    """Keeps what is made and computed within off the GPU.
+
+    For ids and seeds, where a backend would have them go back and forth; here
+    they stay where they are.
+    """
+    yield
+
+
+@contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Lets products of float32 on a GPU be TF32's, or keeps them float32's.
 

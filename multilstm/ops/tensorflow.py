@@ -72,6 +72,35 @@ def has_gpu() -> bool:
     return bool(tf.config.get_visible_devices("GPU"))
 
 
+def on_host() -> Any:
+    """As `reference.on_host`.
+
+    On a GPU TensorFlow has int32 on the host, except for a few operations: a
+    lookup in a text copies the whole text to the GPU at each step and waits
+    for what it found. The state of a seed is int64 and on the GPU, but the
+    operation that makes a key of it wants it on the host, and waits, too.
+    """
+    return tf.device("CPU:0")
+
+
+def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
+    """As `reference.dropout`, bit for bit, with the seed on the host."""
+    if rate == 1:
+        return tf.zeros_like(inputs)
+    with on_host():
+        key = tf.math.floormod(seed.next(), tf.int32.max - 1)
+        key = tf.cast(key, tf.int32)
+    if noise_shape is not None:
+        shape = tf.shape(inputs)
+        noise_shape = [
+            shape[axis] if size is None else size
+            for axis, size in enumerate(noise_shape)
+        ]
+    return tf.nn.experimental.stateless_dropout(
+        inputs, rate=rate, noise_shape=noise_shape, seed=key
+    )
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """As `reference.tf32`."""
@@ -107,7 +136,7 @@ def _cudnn(
         input=tf.cast(_time_first(x), tf.float32),
         input_h=h0,
         input_c=c0,
-        params=tf.cast(reference.pack_for_cudnn(weights), tf.float32),
+        params=tf.cast(_pack(weights), tf.float32),
         sequence_lengths=tf.fill(tf.shape(x)[:1], tf.shape(x)[1]),
         rnn_mode="lstm",
         time_major=True,
@@ -115,6 +144,39 @@ def _cudnn(
     )
     y, h, c = (tf.cast(output, x.dtype) for output in (_time_first(y), h, c))
     return y, [(h[layer], c[layer]) for layer in range(len(weights))]
+
+
+def _pack(weights: list[reference.Weights]) -> Any:
+    """As `reference.pack_for_cudnn`, taken apart again by one operation.
+
+    TensorFlow's own gradient of it is a slice for each part.
+    """
+
+    @tf.custom_gradient
+    def pack(*flat: Any) -> Any:
+        layers = [flat[first : first + 3] for first in range(0, len(flat), 3)]
+        matrices = [matrix for layer in layers for matrix in layer[:2]]
+        biases = [bias for *_, bias in layers]
+        # Each bias is followed by cuDNN's second one.
+        sizes = [tensor.shape.num_elements() for tensor in matrices]
+        sizes += [bias.shape[0] for bias in biases for _ in range(2)]
+
+        def gradient(upstream: Any) -> list[Any]:
+            parts = tf.split(upstream, sizes)
+            d_matrices = [
+                tf.transpose(tf.reshape(part, matrix.shape[::-1]))
+                for part, matrix in zip(parts, matrices, strict=False)
+            ]
+            d_biases = parts[len(matrices) :: 2]
+            return [
+                gradient
+                for layer, d_bias in enumerate(d_biases)
+                for gradient in (*d_matrices[2 * layer :][:2], d_bias)
+            ]
+
+        return reference.pack_for_cudnn(layers), gradient
+
+    return pack(*(tensor for layer in weights for tensor in layer))
 
 
 def _loop(
@@ -335,6 +397,8 @@ def _cross_entropy(
 def _read_chunks(
     features: Any, kernel: Any, bias: Any, targets: Any, starts: range
 ) -> tuple[Any, ...]:
+    if len(starts) == 1:
+        return _read_at_once(features, kernel, bias, targets)
     total = tf.zeros_like(targets, tf.float32)
     largest, chosen = total - float("inf"), total
     for first in starts:
@@ -350,9 +414,24 @@ def _read_chunks(
             total = total * tf.exp(largest - new_largest)
             total += tf.reduce_sum(exponentials, 1)
             largest = new_largest
-    log_total = largest + tf.math.log(total)
+    return total, largest + tf.math.log(total), chosen, None
+
+
+def _read_at_once(
+    features: Any, kernel: Any, bias: Any, targets: Any
+) -> tuple[Any, ...]:
+    logits = tf.nn.bias_add(tf.matmul(features, kernel), bias)
+    logits = tf.cast(logits, tf.float32)
+    places = tf.stack([tf.range(tf.size(targets)), targets], 1)
+    chosen = tf.gather_nd(logits, places)
+    largest = tf.reduce_max(logits, 1, keepdims=True)
+    # Last, so that it takes the place of the logits in memory.
+    with tf.control_dependencies([chosen]):
+        exponentials = tf.exp(logits - largest)
+    total = tf.reduce_sum(exponentials, 1)
+    log_total = largest[:, 0] + tf.math.log(total)
     # They reach the number of words: too much for float16.
-    if len(starts) > 1 or features.dtype == tf.float16:
+    if features.dtype == tf.float16:
         return total, log_total, chosen, None
     with tf.control_dependencies([total]):
         exponentials = tf.tensor_scatter_nd_sub(exponentials, places, total)
