@@ -1,7 +1,9 @@
 """The numbers of the sources, by hand, and what is made of them."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -10,7 +12,210 @@ import pytest
 from multilstm import PRESETS, LanguageModel
 from multilstm.errors import UserError
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import find_preset
+from multilstm.presets import MEASURED, find_preset
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MEASURED_IN = {
+    "small": "small-python-docs.json",
+    "zaremba_small": "zaremba-small-ptb-compare.json",
+    "zaremba_medium": "zaremba-medium-ptb-h200.json",
+    "adam_512": "adam-512-ptb-h200.json",
+    "pytorch_650_tied": "pytorch-650-tied-ptb-torch-2core-cpu.json",
+}
+# From the papers, and from the commands in their code's README.
+ZAREMBA = {
+    "num_layers": 2,
+    "unit_forget_bias": False,
+    "carry_state": True,
+    "batch_size": 20,
+    "optimizer": "sgd",
+    "learning_rate": 1.0,
+    "loss": "sum_over_time",
+}
+ZAREMBA_LARGE = ZAREMBA | {
+    "units": 1500,
+    "embedding_dim": 1500,
+    "input_dropout": 0.65,
+    "hidden_dropout": 0.65,
+    "output_dropout": 0.65,
+    "initializer_scale": 0.04,
+    "sequence_length": 35,
+    "learning_rate_decay": 1 / 1.15,
+    "decay_after": 14,
+    "clip_norm": 10.0,
+    "epochs": 55,
+}
+AWD = {
+    "units": (1150, 1150, 400),
+    "num_layers": 3,
+    "embedding_dim": 400,
+    "input_dropout": 0.4,
+    "hidden_dropout": 0.25,
+    "output_dropout": 0.4,
+    "locked_dropout": True,
+    "embedding_dropout": 0.1,
+    "weight_dropout": 0.5,
+    "activation_regularization": 2.0,
+    "temporal_activation_regularization": 1.0,
+    "tied_embeddings": True,
+    "initializer_scale": 0.1,
+    "initializer": "torch",
+    "unit_forget_bias": False,
+    "carry_state": True,
+    "batch_size": 20,
+    "sequence_length": 70,
+    "length_std": 5.0,
+    "half_length_share": 0.05,
+    "optimizer": "sgd",
+    "learning_rate": 30.0,
+    "clip_norm": 0.25,
+    "l2": 1.2e-6,
+    "epochs": 500,
+}
+PUBLISHED = {
+    "tutorial": {
+        "units": 500,
+        "num_layers": 2,
+        "embedding_dim": 500,
+        "output_dropout": 0.5,
+        "carry_state": False,
+        "batch_size": 20,
+        "sequence_length": 30,
+        "optimizer": "adam",
+        "learning_rate": 0.001,
+        "epochs": 50,
+    },
+    "zaremba_small": ZAREMBA
+    | {
+        "units": 200,
+        "embedding_dim": 200,
+        "initializer_scale": 0.1,
+        "sequence_length": 20,
+        "learning_rate_decay": 0.5,
+        "decay_after": 4,
+        "clip_norm": 5.0,
+        "epochs": 13,
+        "published_valid": 120.7,
+        "published_test": 114.5,
+    },
+    "zaremba_medium": ZAREMBA
+    | {
+        "units": 650,
+        "embedding_dim": 650,
+        "input_dropout": 0.5,
+        "hidden_dropout": 0.5,
+        "output_dropout": 0.5,
+        "initializer_scale": 0.05,
+        "sequence_length": 35,
+        "learning_rate_decay": 1 / 1.2,
+        "decay_after": 6,
+        "clip_norm": 5.0,
+        "epochs": 39,
+        "published_valid": 86.2,
+        "published_test": 82.7,
+    },
+    "zaremba_large": ZAREMBA_LARGE
+    | {"published_valid": 82.2, "published_test": 78.4},
+    "press_wolf_large": ZAREMBA_LARGE
+    | {
+        "tied_embeddings": True,
+        "published_valid": 75.8,
+        "published_test": 73.2,
+    },
+    "adam_512": {
+        "units": 512,
+        "num_layers": 2,
+        "embedding_dim": 512,
+        "hidden_dropout": 0.5,
+        "output_dropout": 0.5,
+        "tied_embeddings": True,
+        "initializer_scale": 1.0,
+        "initializer": "torch_normal",
+        "unit_forget_bias": False,
+        "carry_state": True,
+        "batch_size": 128,
+        "sequence_length": 32,
+        "optimizer": "adam",
+        "learning_rate": 0.01,
+        "plateau_factor": 0.25,
+        "plateau_patience": 1,
+        "plateau_threshold": 1e-3,
+        "clip_norm": 2.0,
+        "l2": 1e-4,
+        "loss": "sum",
+        "epochs": 30,
+        "published_valid": 76.2,
+        "published_test": 73.3,
+    },
+    "pytorch_650_tied": {
+        "units": 650,
+        "num_layers": 2,
+        "embedding_dim": 650,
+        "input_dropout": 0.5,
+        "hidden_dropout": 0.5,
+        "output_dropout": 0.5,
+        "tied_embeddings": True,
+        "initializer_scale": 0.1,
+        "initializer": "torch",
+        "unit_forget_bias": False,
+        "carry_state": True,
+        "batch_size": 20,
+        "sequence_length": 35,
+        "optimizer": "sgd",
+        "learning_rate": 20.0,
+        "plateau_factor": 0.25,
+        "clip_norm": 0.25,
+        "epochs": 40,
+        "published_test": 75.96,
+    },
+    "awd": AWD
+    | {
+        "averaging": "triggered",
+        "published_valid": 60.7,
+        "published_test": 58.8,
+    },
+    "awd_finetune": AWD
+    | {
+        "averaging": "always",
+        "stops_non_monotone": True,
+        "starts_from": "awd",
+        "published_valid": 60.0,
+        "published_test": 57.3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_number_of_a_published_preset_is_its_sources(name):
+    """Whatever is not named there is as it is where nothing is said."""
+    found = {
+        field.name: getattr(PRESETS[name], field.name)
+        for field in fields(PRESETS[name])
+        if field.default is MISSING
+        or getattr(PRESETS[name], field.name) != field.default
+    }
+    del found["name"], found["source"]
+    assert found == PUBLISHED[name]
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="only a clone has results")
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_said_to_be_measured_is_in_the_results(name):
+    record = json.loads((RESULTS / MEASURED_IN[name]).read_text())
+    results = record.get("results") or {"": record.get("result", record)}
+    found = {
+        result["backend"]: (
+            result["preset"],
+            round(result["valid_perplexity"], 2),
+            round(result["test_perplexity"], 2),
+            round(sum(row["seconds"] for row in result["history"]) / 60, 1),
+        )
+        for result in results.values()
+    }
+    assert found == {
+        figures.backend: (name, figures.valid, figures.test, figures.minutes)
+        for figures in MEASURED[name]
+    }
 
 
 @pytest.mark.parametrize(
