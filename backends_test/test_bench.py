@@ -840,6 +840,9 @@ def test_doctor_says_what_to_do():
     assert "torch: its LSTM differs" in told_wrong
     assert "ran reference: scan" in told_slow
     assert "No kernel for float64." in told_slow
+    told_crowded, _ = advise([healthy | {"times_reference": 0.2}], None)
+    assert "0.2 times the speed" in told_crowded
+    assert "OMP_NUM_THREADS=1" in told_crowded
     broken = {"backend": "jax", "installed": True, "reason": "ImportError"}
     assert advise([broken], None)[0] == "jax does not work: ImportError"
     none = {"backend": "jax", "installed": False}

@@ -103,7 +103,7 @@ def test_each_public_name_is_that_of_its_module():
 
 
 def test_modules_are_loaded_when_asked_for(monkeypatch):
-    for name in ("layers", "ops"):
+    for name in ("layers", "ops", "optimizers"):
         module = importlib.import_module(f"multilstm.{name}")
         monkeypatch.delattr(multilstm, name)
         assert getattr(multilstm, name) is module

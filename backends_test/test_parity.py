@@ -86,7 +86,7 @@ def test_run_has_the_same_perplexity_on_every_backend(
     for backend, python in OTHERS.items():
         got = run(backend, python, "-m", "multilstm", "evaluate", out, "--json")
         assert got["backend"] == backend
-        # Five digits, the promise of the README.
+        # The same digits, as the README says: here five.
         np.testing.assert_allclose(
             got["test_perplexity"], result["test_perplexity"], rtol=5e-6
         )

@@ -37,7 +37,7 @@ _HOME = {
     "generate": "generation",
     "adapt": "adaptation",
 }
-_MODULES = ("layers", "ops")
+_MODULES = ("layers", "ops", "optimizers")
 
 __all__ = [*_HOME, "layers"]
 

@@ -120,6 +120,13 @@ def advise(records: list[dict[str, Any]], driver: str | None) -> list[str]:
                 "times the speed of the plain loop, and not its fast LSTM. "
                 + " ".join(record["notes"])
             )
+        elif record["times_reference"] < 1:
+            advice.append(
+                f"{name} ran {record['kernel']} at "
+                f"{record['times_reference']:g} times the speed of the plain "
+                "loop. If other work runs here, its threads wait for each "
+                "other: set OMP_NUM_THREADS=1, or run doctor again without it."
+            )
     missing = [r["backend"] for r in records if not r["installed"]]
     if len(missing) == len(records):
         return [f"Install a backend: {how_to_install('jax')}"]
