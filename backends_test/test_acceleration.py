@@ -394,6 +394,11 @@ class Derived(KerasLSTM):
     pass
 
 
+def tanh(x):
+    """LeCun's, which has the name of another one."""
+    return 1.7159 * keras.ops.tanh(2 * x / 3)
+
+
 class Block(keras.layers.Layer):
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -435,6 +440,10 @@ LEFT = {
     "derived": (
         lambda **kw: Derived(UNITS, **kw),
         "its class is Derived, not keras.layers.LSTM",
+    ),
+    "other tanh": (
+        lambda **kw: KerasLSTM(UNITS, activation=tanh, **kw),
+        "`activation` must be 'tanh', .* of .*test_acceleration",
     ),
     **{
         argument: (

@@ -315,7 +315,115 @@ def test_what_the_lstm_cannot_do_is_refused(arguments, message):
         LSTM(**{"units": UNITS} | arguments)
 
 
+def tanh(x):
+    """LeCun's, which has the name of another one."""
+    return 1.7159 * keras.ops.tanh(2 * x / 3)
+
+
+def test_activation_of_the_same_name_is_not_the_same():
+    with pytest.raises(UserError, match=r"'tanh' of .*test_layers"):
+        LSTM(UNITS, activation=tanh)
+    LSTM(UNITS, activation=keras.activations.tanh)
+    LSTM(UNITS, activation=keras.ops.tanh)
+
+
+def test_bias_is_asked_for_by_place_as_with_keras():
+    layers = [
+        built(kind(UNITS, "tanh", "sigmoid", False))
+        for kind in (LSTM, keras.layers.LSTM)
+    ]
+    assert [len(layer.get_weights()) for layer in layers] == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_whole_numbers_are_read_as_keras_reads_them(dtype, rng):
+    x = rng.integers(2, size=(BATCH, TIME, FEATURES)).astype(dtype)
+    ours, theirs = built(LSTM(UNITS)), built(keras.layers.LSTM(UNITS))
+    theirs.set_weights(ours.get_weights())
+    [out], [truth] = numpy(ours(x)), numpy(theirs(x.astype(np.float32)))
+    np.testing.assert_allclose(out, truth, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_mask_of_ids_is_true_where_they_are_not_zero(dtype, x):
+    mask = np.array([[3, 7, 0], [2, 0, 0]])
+    layer = LSTM(UNITS, return_sequences=True)
+    [truth] = numpy(layer(x, mask=mask != 0))
+    [out] = numpy(layer(x, mask=mask.astype(dtype)))
+    np.testing.assert_array_equal(out, truth)
+
+
+def test_bidirectional_gives_the_states_that_keras_gives(x):
+    ours, theirs = (
+        keras.layers.Bidirectional(kind(UNITS, return_state=True))
+        for kind in (LSTM, keras.layers.LSTM)
+    )
+    for layer in (ours, theirs):
+        layer.build(x.shape)
+    theirs.set_weights(ours.get_weights())
+    outputs, truths = numpy(ours(x)), numpy(theirs(x))
+    assert len(outputs) == 5
+    for output, truth in zip(outputs, truths, strict=True):
+        np.testing.assert_allclose(output, truth, **CLOSE)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="inference mode is PyTorch's"
+)
+def test_layer_trains_after_a_first_call_for_inference(x):
+    import torch
+
+    model = keras.Sequential([keras.Input(x.shape[1:]), LSTM(UNITS)])
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    with torch.inference_mode():
+        model(torch.as_tensor(x))
+    model.fit(x, np.ones((BATCH, UNITS)), verbose=0)
+    pairs = zip(before, model.get_weights(), strict=True)
+    assert all((old != new).any() for old, new in pairs)
+
+
+# What torch.compile does to see which tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="torch.compile is PyTorch's"
+)
+def test_gradients_go_through_torch_compile(x):
+    import torch
+
+    layer = LSTM(UNITS)
+    eager = layer(x)
+    eager.sum().backward()
+    truth = [w.value.grad.clone() for w in layer.weights]
+    layer.zero_grad()
+    # Derived as for its compiler of C++, which may not be there, and run.
+    compiled = torch.compile(layer, backend="aot_eager")(torch.as_tensor(x))
+    compiled.sum().backward()
+    np.testing.assert_allclose(numpy(compiled)[0], numpy(eager)[0], **CLOSE)
+    for weight, gradient in zip(layer.weights, truth, strict=True):
+        np.testing.assert_allclose(weight.value.grad, gradient, **CLOSE)
+
+
 # The carried state
+
+
+@pytest.mark.skipif(
+    keras.config.backend() == "jax",
+    reason="JAX has float64 only where it is told to",
+)
+def test_state_of_float64_is_carried_with_its_digits(rng):
+    x = rng.standard_normal((BATCH, 2 * TIME, FEATURES))
+    layer = LSTM(
+        UNITS, carry_state=True, return_sequences=True, dtype="float64"
+    )
+    layer.build((BATCH, TIME, FEATURES))
+    halves = [numpy(layer(half))[0] for half in np.split(x, 2, axis=1)]
+    layer.reset_state()
+    [whole] = numpy(layer(x))
+    # float64; a state in float32 is 1e-8 apart.
+    np.testing.assert_allclose(
+        np.concatenate(halves, 1), whole, rtol=0, atol=1e-14
+    )
 
 
 def carrying_model(batch_size=BATCH, dtype=None):

@@ -653,6 +653,8 @@ def test_mixed_precision_trains_on_the_fast_kernel(rng):
     )
 
 
+# What torch.compile does to see which tensors it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
 def test_torch_compile_gives_the_same_logits_and_gradients(ids):
     import torch
@@ -1088,6 +1090,96 @@ def test_what_does_not_count_may_be_no_word(ids):
     expected = Perplexity()
     expected.update_state(ids[:, :3], logits[:, :3])
     assert float(metric.result()) == pytest.approx(float(expected.result()))
+
+
+def test_what_keras_masks_counts_nothing(rng):
+    """Beside Keras's own metric, with padding in inputs and targets."""
+    ids = np.array([[3, 5, 2, 0, 0], [4, 1, 0, 0, 0]])
+    own = keras.metrics.SparseCategoricalCrossentropy(from_logits=True)
+    model = keras.Sequential(
+        [
+            keras.Input((None,)),
+            keras.layers.Embedding(V, 4, mask_zero=True),
+            keras.layers.LSTM(5, return_sequences=True),
+            # Sure of padding, which would flatter it.
+            keras.layers.Dense(
+                V, bias_initializer=lambda *_, **__: np.eye(V)[0] * 9
+            ),
+        ]
+    )
+    model.compile(
+        "sgd", metrics=[Perplexity(), own], loss=own.__class__.__name__
+    )
+    found = model.evaluate(ids, ids, verbose=0, return_dict=True)
+    assert found["perplexity"] == pytest.approx(
+        math.exp(found["sparse_categorical_crossentropy"]), rel=1e-5
+    )
+
+
+def test_callbacks_know_that_less_perplexity_is_better(rng):
+    model = small_model()
+    model.compile(SGD(0.0))
+    data = datasets(rng)["streams"]
+    stop = keras.callbacks.EarlyStopping("val_perplexity", patience=1)
+    history = model.fit(
+        data, validation_data=data, epochs=5, verbose=0, callbacks=[stop]
+    )
+    assert len(history.epoch) == 2  # no better than the first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"steps_per_epoch": 3}, 6),
+        ({"steps_per_epoch": 4, "validation_steps": 2}, 8),
+    ],
+)
+def test_as_many_steps_are_trained_as_are_asked_for(rng, arguments, expected):
+    data = ContinuousStreams(text(rng, 400), 5, 4, drop_remainder=True)
+    model = small_model()
+    model.compile()
+    found = model.fit(
+        data, epochs=2, validation_data=data, verbose=0, **arguments
+    )
+    assert int(model.optimizer.iterations) == expected
+    steps = arguments.get("validation_steps")
+    truth = model.evaluate(data, steps=steps, verbose=0, return_dict=True)
+    # float32 sums in groups of another size.
+    assert found.history["val_loss"][-1] == pytest.approx(
+        truth["loss"], rel=1e-5
+    )
+
+
+def test_weights_of_classes_are_refused(rng):
+    model = small_model()
+    model.compile()
+    with pytest.raises(UserError, match="not for words; received 2 weights"):
+        model.fit(datasets(rng)["streams"], class_weight={0: 1.0, 1: 2.0})
+
+
+def test_one_hot_targets_need_a_loss_of_keras(rng):
+    data = NextWordWindows(text(rng, 100), 5, 4, one_hot=V)
+    model = small_model()
+    model.compile()
+    with pytest.raises(UserError, match=r"received shape .*11\).* one_hot out"):
+        model.fit(data, verbose=0)
+    model = small_model()
+    model.compile(loss=keras.losses.CategoricalCrossentropy(from_logits=True))
+    model.fit(data, verbose=0)
+
+
+def test_copy_of_a_model_that_is_not_built_has_its_first_weights(ids):
+    model = small_model(carry_state=True)
+    copy = model.copy(batch_size=len(ids))
+    np.testing.assert_array_equal(numpy(copy(ids)), numpy(model(ids)))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+def test_jit_is_told_to_change_nothing_on_torch(rng, caplog):
+    model = small_model()
+    model.compile(jit_compile=True)
+    assert "jit_compile=True changes nothing" in caplog.text
+    model.fit(datasets(rng)["streams"], verbose=0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 7.0])

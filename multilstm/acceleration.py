@@ -144,8 +144,17 @@ def _replacements(model: Any) -> tuple[Clones, list[str]]:
         reason = _why_left(layer)
         if type(layer) is keras.layers.LSTM and layer not in clones:
             try:
-                # `from_config` would turn its UserError into another one.
-                clones[layer] = LSTM(**layer.get_config())
+                # `from_config` would turn its UserError into another one. A
+                # configuration has no more than an activation's name.
+                clones[layer] = LSTM(
+                    **layer.get_config()
+                    | {
+                        "activation": layer.cell.activation,
+                        "recurrent_activation": (
+                            layer.cell.recurrent_activation
+                        ),
+                    }
+                )
             except UserError as error:
                 reason = str(error)
         if reason and layer not in left:

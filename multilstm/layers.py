@@ -36,6 +36,9 @@ _INSTEAD = {
     "zero_output_for_mask": "leave it out, masked steps repeat the output",
 }
 
+# Whose tanh is the tanh.
+_HAVE_ACTIVATIONS = ("builtins", "keras", "jax", "torch", "tensorflow")
+
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class LSTM(keras.layers.Layer):
@@ -95,6 +98,9 @@ class LSTM(keras.layers.Layer):
         `(batch, units)`, or `(batch, time, units)` with `return_sequences`;
         with `return_state` a tuple of that, h and c.
 
+    Gradients are taken backwards: JAX's forward mode (`jax.jvp`) does not go
+    through.
+
     Reference:
         Hochreiter and Schmidhuber, 1997, "Long short-term memory".
 
@@ -106,15 +112,15 @@ class LSTM(keras.layers.Layer):
     [(5, 16), (4, 16), (16,)]
     """
 
-    stateful = False  # for Keras's wrappers, which ask
+    stateful, states = False, None  # for Keras's wrappers, which ask
 
     def __init__(
         self,
         units: int,
         activation: Any = "tanh",
         recurrent_activation: Any = "sigmoid",
-        *,
         use_bias: bool = True,
+        *,
         kernel_initializer: Any = "glorot_uniform",
         recurrent_initializer: Any = "orthogonal",
         bias_initializer: Any = "zeros",
@@ -191,7 +197,10 @@ class LSTM(keras.layers.Layer):
         self.weight_drop = Dropout(
             weight_dropout, seed=seed, dtype=self.dtype_policy
         )
-        self.carried = _CarriedState(name="carried") if carry_state else None
+        self.carried: _CarriedState | None = None
+        if carry_state:
+            wide = "float64" if self.compute_dtype == "float64" else "float32"
+            self.carried = _CarriedState(name="carried", dtype=wide)
 
     def build(self, sequences_shape: tuple[int | None, ...]) -> None:
         batch_size, _, features = sequences_shape
@@ -237,6 +246,8 @@ class LSTM(keras.layers.Layer):
         mask: Any = None,
         training: bool | None = None,
     ) -> Any:
+        # Keras casts what is float alone.
+        sequences = ops.cast(sequences, self.compute_dtype)
         sequences = self.input_dropout(sequences, training=training)
         if self.go_backwards:
             sequences = ops.flip(sequences, axis=1)
@@ -375,7 +386,6 @@ class _CarriedState(keras.layers.Layer):
                 initializer="zeros",
                 trainable=False,
                 autocast=False,
-                dtype="float32",
                 name=name,
             )
             for name in ("h", "c")
@@ -413,7 +423,8 @@ class _CarriedState(keras.layers.Layer):
 
     def write(self, h: Any, c: Any) -> None:
         for variable, state in ((self.h, h), (self.c, c)):
-            variable.assign(ops.stop_gradient(ops.cast(state, "float32")))
+            state = ops.cast(state, variable.dtype)
+            variable.assign(ops.stop_gradient(state))
 
     def reset(self) -> None:
         reset_carried_state(self)
@@ -521,8 +532,11 @@ def reset_carried_state(model: Any) -> None:
 
 def _check_activation(argument: str, activation: Any, needed: str) -> None:
     name = getattr(activation, "__name__", activation)
-    if name != needed:
+    home = getattr(activation, "__module__", None) or "builtins"
+    if name != needed or home.partition(".")[0] not in _HAVE_ACTIVATIONS:
+        whose = "" if name != needed else f" of {home}"
         raise UserError(
             f"`{argument}` must be {needed!r}, the only one that fast LSTM "
-            f"kernels have; received {name!r}. Use keras.layers.LSTM for it."
+            f"kernels have; received {name!r}{whose}. Use keras.layers.LSTM "
+            "for it."
         )

@@ -16,18 +16,22 @@ class Perplexity(keras.metrics.Metric):
     Call arguments of `update_state`:
         y_true: int tensor of ids, shape `(batch, time)`.
         y_pred: Logits, shape `(batch, time, vocabulary)`.
-        sample_weight: Shape `(batch, time)`; 0 leaves a token out.
+        sample_weight: Shape `(batch, time)`; 0 leaves a token out. What
+            Keras's mask of the logits leaves out counts nothing either.
     """
 
     def __init__(self, name: str = "perplexity", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
+        self._direction = "down"  # for Keras's callbacks: the less the better
         self.nats = self.add_weight(initializer="zeros", name="nats")
         self.tokens = self.add_weight(initializer="zeros", name="tokens")
 
     def update_state(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> None:
-        self.add(*nats_and_tokens(y_true, y_pred, sample_weight))
+        weights = token_weights(y_true, sample_weight)
+        weights *= ops.cast(_Mask(name="mask")(y_pred), weights.dtype)
+        self.add(*nats_and_tokens(y_true, y_pred, weights))
 
     def add(self, nats: Any, tokens: Any) -> None:
         """Adds a sum of negative log-likelihoods over so many tokens."""
@@ -36,6 +40,15 @@ class Perplexity(keras.metrics.Metric):
 
     def result(self) -> Any:
         return ops.exp(mean_of(self.nats, self.tokens))
+
+
+class _Mask(keras.layers.Layer):
+    """Gives the mask of what it is called with, of which Keras tells layers."""
+
+    supports_masking = True
+
+    def call(self, values: Any, mask: Any = None) -> Any:
+        return ops.ones(ops.shape(values)[:-1]) if mask is None else mask
 
 
 def nats_and_tokens(

@@ -10,6 +10,7 @@ changes which LSTM kernel runs.
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from multilstm.metrics import (
 from multilstm.ops import (
     feed,
     fuse_optimizer,
+    jit_of_steps,
     logs_to_reduce,
     make_test_function,
     make_train_function,
@@ -420,7 +422,8 @@ class LanguageModel(keras.Model):
         if batch_size is None and copy.carry_state and carried is not None:
             batch_size = carried.h.shape[0] if self.built else None
         copy.build((batch_size, None))
-        copy.set_weights(self.get_weights())
+        if self.built:  # else both have those of the seed
+            copy.set_weights(self.get_weights())
         return copy
 
     def compile(
@@ -448,6 +451,8 @@ class LanguageModel(keras.Model):
         self._compile_loss = self._compile_metrics = None
         if not self.needs_logits:  # an empty list is none
             kwargs |= {"metrics": None, "weighted_metrics": None}
+        if "jit_compile" in kwargs:
+            kwargs["jit_compile"] = jit_of_steps(kwargs["jit_compile"])
         super().compile(optimizer, loss, **kwargs)
         self._asked_steps = kwargs.get("steps_per_execution")
         self._asked_jit = kwargs.get("jit_compile", "auto")
@@ -487,6 +492,13 @@ class LanguageModel(keras.Model):
     ) -> Any:
         if not self.uses_own_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if len(y.shape) != 2:
+            raise UserError(
+                "Targets must be ids of words, of shape (batch, time); "
+                f"received shape {tuple(y.shape)}. Leave one_hot out, or "
+                "compile with keras.losses.CategoricalCrossentropy("
+                "from_logits=True)."
+            )
         if self._gives_features:
             y = ops.convert_to_tensor(y, "int32")
             weights = token_weights(y, sample_weight)
@@ -596,14 +608,29 @@ class LanguageModel(keras.Model):
         `compile` was told or as take about a second; one by one where a
         callback asks for every batch. Callbacks then hear of the last step of
         a group, as with Keras's `steps_per_execution`.
+
+        Raises:
+            UserError: If there is a `class_weight`, which has no word of its
+                own to weigh.
         """
         named = _by_name(keras.Model.fit, args, kwargs)
+        if self.uses_own_loss and named.get("class_weight") is not None:
+            raise UserError(
+                "`class_weight` is not for words; received "
+                f"{len(named['class_weight'])} weights. Give batches with a "
+                "`sample_weight` of shape (batch, time), or compile with a "
+                "loss of Keras's."
+            )
         if self.carry_state:
             named.setdefault("shuffle", False)
             self._prepare_carry(named)
         x = named.pop("x", None)
         shuffle = named.get("shuffle", True)
-        with self._prepare_steps(x, named.get("callbacks"), shuffle) as data:
+        _tell_direction(named.get("callbacks"))
+        counts = [named.get(n) for n in ("steps_per_epoch", "validation_steps")]
+        with self._prepare_steps(
+            x, named.get("callbacks"), shuffle, math.gcd(*filter(None, counts))
+        ) as data:
             if data is not x and not isinstance(data, keras.utils.PyDataset):
                 named["shuffle"] = False  # it is shuffled already
             return super().fit(data, **named)
@@ -630,9 +657,13 @@ class LanguageModel(keras.Model):
 
     @contextmanager
     def _prepare_steps(
-        self, data: Any, callbacks: Any, shuffle: bool
+        self, data: Any, callbacks: Any, shuffle: bool, multiple: int = 0
     ) -> Iterator[Any]:
-        """Sets up what `fit` says of datasets and of several steps at once."""
+        """Sets up what `fit` says of datasets and of several steps at once.
+
+        Keras goes on to whole groups of steps: they divide `multiple`, of
+        which what was asked for is made up; 0 for nothing.
+        """
         steps = self._asked_steps or 1
         is_sliced = getattr(data, "is_sliced", False)
         varies = getattr(data, "varies", False)
@@ -641,7 +672,8 @@ class LanguageModel(keras.Model):
         chooses = is_sliced and self._asked_steps is None
         at_once = not (_needs_every_batch(callbacks) or starts_singly(self))
         if chooses and at_once:
-            steps = steps_per_dispatch(self._flops(data))
+            most = steps_per_dispatch(self._flops(data))
+            steps = max(n for n in range(1, most + 1) if multiple % n == 0)
         is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
         slices = is_sliced and not is_large
         if slices and self.uses_own_loss and not self.needs_logits:
@@ -756,6 +788,19 @@ def _check_scales_rate(optimizer: Any) -> None:
             f"follow it; received {type(optimizer).__name__}. Compile with SGD "
             "or Adam of multilstm.optimizers."
         )
+
+
+def _tell_direction(callbacks: Any) -> None:
+    """Tells Keras's callbacks, where they are to know, that less is better.
+
+    Of a metric that was not compiled they do not ask.
+    """
+    for callback in keras.tree.flatten(callbacks):
+        monitor = getattr(callback, "monitor", None)
+        if monitor not in ("perplexity", "val_perplexity"):
+            continue
+        if getattr(callback, "mode", None) == "auto":
+            callback.mode = "min"
 
 
 def _needs_every_batch(callbacks: Any) -> bool:

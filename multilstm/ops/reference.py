@@ -112,7 +112,7 @@ def run_masked(
     Returns:
         As `lstm`.
     """
-    is_read = ops.cast(mask, "int32")
+    is_read = ops.cast(ops.cast(mask, "bool"), "int32")
     num_steps = ops.shape(x)[1]
     steps = ops.arange(num_steps, dtype="int32")
     order = ops.argsort((1 - is_read) * num_steps + steps, axis=1)
@@ -365,6 +365,11 @@ def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
     return keras.random.dropout(
         inputs, rate, noise_shape=noise_shape, seed=seed
     )
+
+
+def jit_of_steps(asked: Any) -> Any:
+    """What Keras is to be told of `jit_compile` for a `LanguageModel`."""
+    return asked
 
 
 def steps_per_dispatch(flops: float) -> int:

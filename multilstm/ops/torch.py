@@ -125,6 +125,17 @@ def lstm_weights(weights: Any, dtype: str) -> Any:
     return reference.lstm_weights(weights, dtype)
 
 
+def jit_of_steps(asked: Any) -> Any:
+    """As `reference.jit_of_steps`: torch.compile takes none of it apart."""
+    if asked is not True:
+        return asked
+    explain_once(
+        "torch: jit_compile=True changes nothing for a LanguageModel, whose "
+        "step is made of kernels that torch.compile leaves as they are."
+    )
+    return False
+
+
 def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     """The same gates in the same order, matrices transposed, two biases.
 
@@ -134,7 +145,8 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     """
     flat = [tensor for layer in weights for tensor in layer]
     are_parameters = all(isinstance(t, torch.nn.Parameter) for t in flat)
-    if not torch.compiler.is_compiling():
+    # What is stored for inference only could not be trained.
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
         if are_parameters and _is_for_cudnn(flat[0]):
             if not _fill_a_block(weights):
                 _store_for_cudnn(weights)
@@ -238,8 +250,10 @@ def _observe(function: Any, *arguments: Any, **options: Any) -> Any:
     It is watched the first time for a device, a dtype and a form of data.
     """
     x = arguments[0]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         return function(*arguments, **options)
+    if torch.compiler.is_compiling():
+        return _call_as_it_is(function, *arguments, **options)
     key = (x.device.type, x.dtype, x.ndim, options["train"])
     if key in _observed:
         note_kernel(_observed[key])
@@ -250,6 +264,12 @@ def _observe(function: Any, *arguments: Any, **options: Any) -> Any:
     _observed[key] = fused[0] if fused else "torch: loop over ATen's cell"
     note_kernel(_observed[key])
     return outputs
+
+
+@torch.compiler.disable
+def _call_as_it_is(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls what torch.compile cannot take apart: the kernels of LSTMs."""
+    return function(*arguments, **options)
 
 
 class _Watch(TorchDispatchMode):
