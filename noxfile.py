@@ -6,6 +6,7 @@ nox -s bench           times a training step on all three, in turns
 nox -s compare         the same preset from the same weights on all three
 nox -s test-faults     kills runs at random moments, over and over
 nox -s fuzz            feeds broken files to what reads them
+nox -s docs            writes the reference of the API to site/
 nox -s coverage        the tests, and what they covered on all three together
 """
 
@@ -140,6 +141,20 @@ def fuzz(session: nox.Session) -> None:
     script = Path("backends_test/fuzz_readers.py").absolute()
     with session.chdir(session.create_tmp()):  # where crashes are written
         session.run("python", str(script), *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Writes the reference of the API, as HTML."""
+    install_backend(session, "jax", group="docs")
+    # What is imported when it is first used must be there to be described.
+    code = (
+        "import pathlib, pdoc, multilstm\n"
+        "for name in multilstm.__all__: getattr(multilstm, name)\n"
+        "pdoc.render.configure(docformat='google')\n"
+        "pdoc.pdoc('multilstm', output_directory=pathlib.Path('site'))\n"
+    )
+    session.run("python", "-W", "error", "-c", code)
 
 
 @nox.session(requires=[f"test-{backend}" for backend in BACKENDS])

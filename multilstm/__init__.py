@@ -69,7 +69,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(_load(_HOME[name]), name)
+        found = globals()[name] = getattr(_load(_HOME[name]), name)
+        return found
     if name in _MODULES:
         return _load(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
