@@ -597,6 +597,31 @@ def test_shapes_are_those_of_presets_with_sizes_changed():
         make_shapes(batch_sizes=[0])
 
 
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda of: of.name)
+def test_shape_of_every_preset_has_as_many_weights(preset):
+    """By what the preset itself counts, of the same layers."""
+    [shape] = make_shapes(preset=preset.name, vocabulary_size=100)
+    assert [*shape.units] == preset.units_of_layers
+    number = sum(weight.size for weight in draw_weights(shape))
+    assert number == preset.num_parameters(100)
+
+
+def test_sizes_of_unequal_and_tied_layers_are_told_apart():
+    [awd] = make_shapes(preset="awd")
+    assert str(awd) == (
+        "awd: LSTM 1150+1150+400, embedding 400 tied, batch 20, length 70, "
+        "vocabulary 10,000"
+    )
+    [small] = make_shapes(preset="awd", units=8)
+    assert (small.units, small.embedding_dim) == ((8, 8, 8), 8)
+    [deep] = make_shapes(preset="small", layers=3, embedding_dim=256)
+    assert (deep.units, deep.embedding_dim) == ((256, 256, 256), 256)
+    with pytest.raises(UserError, match="`layers` needs `units`"):
+        make_shapes(preset="awd", layers=2)
+    with pytest.raises(UserError, match=r"the 400 units .* received 8"):
+        make_shapes(preset="awd", embedding_dim=8)
+
+
 def test_weights_are_large_enough_for_a_lost_bias_to_be_seen():
     biases = [weight for weight in draw_weights(TINY) if weight.ndim == 1]
     assert all(np.abs(bias).max() > 0.3 for bias in biases)

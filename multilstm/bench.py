@@ -21,7 +21,7 @@ from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
 from multilstm.choices import save_choice, shape_class
 from multilstm.errors import UserError
 from multilstm.files import read_json
-from multilstm.presets import find_preset
+from multilstm.presets import Preset, find_preset
 from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
 
@@ -608,7 +608,8 @@ def make_shapes(
             `vocabulary_size`; None where the preset's is to stay.
 
     Raises:
-        UserError: If there is no such preset, or a size is not positive.
+        UserError: If there is no such preset, a size is not positive, or
+            the sizes do not go together.
     """
     of = find_preset(preset or "tutorial")
     given = {name: size for name, size in sizes.items() if size is not None}
@@ -618,15 +619,21 @@ def make_shapes(
             raise UserError(
                 f"`{name}` must be a whole number from 1 on; received {size}."
             )
-    units = given.get("units", of.units)
+    units = _units(of, given.get("units"), given.get("layers"))
     features = given.get("embedding_dim")
     if features is None:
-        features = units if "units" in given else of.embedding_dim
+        features = units[-1] if "units" in given else of.embedding_dim
+    if of.tied_embeddings and features != units[-1]:
+        raise UserError(
+            f"The embeddings of {of.name} are tied: `embedding_dim` must be "
+            f"the {units[-1]} units of its last layer; received {features}. "
+            "Give both alike, or leave `embedding_dim` out."
+        )
     return [
         Shape(
             name=of.name,
-            units=(units,) * given.get("layers", of.num_layers),
-            embedding_dim=units if of.tied_embeddings else features,
+            units=units,
+            embedding_dim=features,
             batch_size=batch_size,
             sequence_length=given.get("sequence_length", of.sequence_length),
             vocabulary_size=given.get("vocabulary_size", 10_000),
@@ -634,3 +641,21 @@ def make_shapes(
         )
         for batch_size in batch_sizes or (of.batch_size,)
     ]
+
+
+def _units(
+    of: Preset, units: int | None, layers: int | None
+) -> tuple[int, ...]:
+    """The units of each layer: a preset's, or as many everywhere."""
+    of_layers = of.units_of_layers
+    if units is None and layers is not None:
+        if len({*of_layers}) > 1:
+            raise UserError(
+                f"The layers of {of.name} differ: `layers` needs `units` "
+                f"beside it; received `layers` {layers} alone. Give both, or "
+                "neither."
+            )
+        units = of_layers[0]
+    if units is None:
+        return tuple(of_layers)
+    return (units,) * (layers or len(of_layers))
