@@ -169,6 +169,36 @@ def test_failure_of_one_shape_does_not_lose_the_times_of_another(pretend):
     assert [len(windows) for windows in of_tiny["windows_ms"]] == [1, 1]
 
 
+def test_what_numpy_has_no_memory_for_loses_no_other_shape(
+    pretend, monkeypatch
+):
+    def check(shape):
+        if shape.batch_size > 64:
+            raise MemoryError("Unable to allocate 17.5 PiB")
+        return 2.99573
+
+    monkeypatch.setattr(bench_module, "first_loss", check)
+    large = dataclasses.replace(TINY, batch_size=65)
+    result = bench({"jax": pretend(0.1)}, [TINY, large], processes=1, rounds=1)
+    of_tiny, of_large = result["results"][0], result["results"][3]
+    assert of_tiny["rank"] == 1
+    assert "NumPy cannot check" in of_large["reason"]
+    assert "17.5 PiB" in of_large["reason"]
+
+
+def test_numpy_checks_nothing_where_nothing_ran(pretend, monkeypatch):
+    checked = []
+
+    def check(shape):
+        checked.append(shape)
+        return 2.99573
+
+    monkeypatch.setattr(bench_module, "first_loss", check)
+    large = dataclasses.replace(TINY, batch_size=128)
+    bench({"jax": pretend(0.1, "too large")}, [large, TINY], processes=1)
+    assert checked == [TINY]
+
+
 def test_backend_without_the_gpu_is_not_timed_beside_those_with_it(
     pretend, monkeypatch
 ):
@@ -1045,6 +1075,7 @@ def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
         (["bench", "--batch-size", "20;64"], "--batch-size needs whole"),
         (["bench", "--rounds", "0"], "--rounds must be above 0"),
         (["bench", "--units", "-1"], "`units` must be"),
+        (["bench", "--vocabulary-size", "1"], "a whole number from 2 on"),
         (["bench", "--timeout", "inf"], "--timeout must be above 0 s and at"),
         (["doctor", "--timeout", "-1"], "--timeout must be above 0 s and at"),
         (
