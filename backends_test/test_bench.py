@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 
+import multilstm
 from multilstm import PRESETS, benchmark, choices, devices, selection
 from multilstm import bench as bench_module
 from multilstm.__main__ import main
@@ -24,6 +25,7 @@ from multilstm.bench import (
     judge,
     make_shapes,
     rank,
+    valid_choice,
 )
 from multilstm.benchmark import Shape, Worker, WorkerError, load_model
 from multilstm.doctor import advise, doctor
@@ -32,7 +34,8 @@ from multilstm.files import write_json
 from multilstm.native_loops import draw_weights
 from multilstm.presets import CONFIG_SCHEMA
 from multilstm.report import doctor_lines
-from multilstm.selection import select_backend, valid_choice
+from multilstm.selection import installed_versions, select_backend
+from multilstm.workers import WorkerProcess
 
 BACKEND = keras.config.backend()
 EXAMPLE = Path(__file__).parents[1] / "examples" / "choose_backend.py"
@@ -55,6 +58,7 @@ time_of_a_window, fault = {seconds}, {fault!r}
 losses = [2.99573, 2.9, 2.8, 2.7, 2.6, 2.5]
 answers = {{
     "start": dict(gpu=False, product_error=2e-7, versions=dict(keras="3")),
+    "versions": dict(versions=dict(keras="3")),
     "build": dict(
         kernel="k", losses=losses, compile_time_seconds=1.0, warm_up_seconds=0.6
     ),
@@ -62,6 +66,8 @@ answers = {{
 }}
 for line in sys.stdin:
     method, arguments = json.loads(line)
+    if method == "start" and fault == "cannot start":
+        sys.exit("ImportError: no such framework")
     answer = answers.get(method, {{}})
     if method == "time_window":
         if fault == "killed":
@@ -413,6 +419,58 @@ def test_processes_are_compared_with_those_beside_them():
     records[1]["step_time_ms"] = {"median": 290.2}
     rank(records)
     assert [record["rank"] for record in records] == [2, 1]
+
+
+# What may become of a process
+
+
+def test_what_a_process_started_ends_with_it(tmp_path):
+    """Be it a wrapper around a Python that hangs."""
+    log = tmp_path / "log"
+    child = f"import time; time.sleep(4); open({str(log)!r}, 'w')"
+    code = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', "
+    wrapper = script(tmp_path, "wrapper", f"{code}{child!r}])")
+    worker = WorkerProcess(wrapper, BACKEND, timeout=1)
+    with pytest.raises(WorkerError, match="no answer to 'start' within 1 s"):
+        worker.ask("start", precision="float32")
+    worker.close()  # without waiting for the child to end by itself
+    assert not log.exists()
+
+
+def test_ctrl_c_ends_the_process_that_is_asked(pretend, monkeypatch):
+    worker = WorkerProcess(pretend(0.1, "hangs"), BACKEND)
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker.answers, "get", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.ask("time_window", variant="ours")
+    assert worker.process.returncode is not None
+    worker.close()
+
+
+def test_no_file_of_the_folder_is_taken_for_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue.py").write_text("raise SystemExit('another queue')")
+    worker = WorkerProcess(sys.executable, BACKEND)
+    versions = worker.ask("versions", backend=BACKEND)["versions"]
+    assert versions == installed_versions(BACKEND)
+    worker.close()
+
+
+def test_process_has_this_package_where_nothing_is_installed(
+    tmp_path, monkeypatch
+):
+    """As in a clone, from another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = "import json, multilstm as m; print(json.dumps({'at': m.__file__}))"
+    worker = WorkerProcess(
+        sys.executable, BACKEND, program=("-P", "-c", f"input(); {code}")
+    )
+    assert worker.ask("anything") == {"at": multilstm.__file__}
+    worker.close()
 
 
 # Real processes. The names of all three backends run the one that is here.
@@ -767,12 +825,48 @@ def test_choice_holds_among_the_same_backends_and_versions(result):
     assert "nothing chosen yet" in valid_choice(wider, "float32", both)[1]
 
 
-def test_python_that_is_broken_has_no_versions(tmp_path):
-    broken = script(tmp_path, "broken", "raise SystemExit(1)")
-    assert selection.versions_in(broken, BACKEND) == {}
-    choice = {"driver": None, "versions": {BACKEND: {"keras": "3.15.1"}}}
-    stale = choices.why_stale(choice, BACKEND, None, {})
-    assert stale == "keras was 3.15.1 and is None"
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise SystemExit(0)", "ended with status 0"),
+        ("import time; time.sleep(20)", "no answer to 'versions' within 0.5 s"),
+        (None, "cannot be run"),
+    ],
+)
+def test_python_that_tells_no_versions_ends_a_choice(
+    result, tmp_path, code, said
+):
+    del result["results"][0]
+    rank(result["results"])
+    choose(result)
+    broken = script(tmp_path, "broken", code)
+    if code is None:
+        broken.chmod(0o644)
+    shape = dataclasses.asdict(TINY)
+    choice, why_not = valid_choice(
+        shape, "float32", {BACKEND: broken}, timeout=0.5
+    )
+    assert choice is None
+    assert why_not.startswith(f"{BACKEND} is not as it was: ")
+    assert said in why_not
+
+
+def test_choice_lasts_beside_a_backend_that_cannot_start(pretend, capsys):
+    """Nothing is known of it, then and now: nothing has changed."""
+    pythons = {"jax": pretend(0.1), "torch": pretend(0.2, "cannot start")}
+    arguments = ["choose", "--rounds", "1", "--processes", "1"]
+    for backend, python in pythons.items():
+        arguments += ["--python", f"{backend}={python}"]
+    for said in ("nothing chosen yet", "kept from before"):
+        assert main(arguments) == 0
+        assert said in capsys.readouterr().out
+    assert pretend.log.read_text().split() == ["jax"]
+
+
+def test_versions_are_known_of_what_does_not_see_the_gpu(pretend, monkeypatch):
+    monkeypatch.setattr(devices, "device_and_driver", lambda: ("Chip", "580"))
+    result = bench({"jax": pretend(0.1)}, [TINY], processes=1, rounds=1)
+    assert rows(result)["jax"]["versions"] == {"keras": "3"}
 
 
 def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):

@@ -132,6 +132,12 @@ def test_this_backend_is_installed():
     assert not is_installed("no_such_framework")
 
 
+def test_folder_with_the_name_of_a_backend_is_none(tmp_path, monkeypatch):
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("only_a_folder")
+
+
 # Several, each by its own Python
 
 

@@ -8,6 +8,7 @@ others go on.
 
 import dataclasses
 import datetime
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,11 +19,16 @@ import numpy as np
 
 from multilstm import devices, native_loops
 from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
-from multilstm.choices import save_choice, shape_class
+from multilstm.choices import (
+    find_choice,
+    save_choice,
+    shape_class,
+    why_stale,
+)
 from multilstm.errors import UserError
 from multilstm.files import read_json
 from multilstm.presets import Preset, find_preset
-from multilstm.selection import BACKENDS
+from multilstm.selection import BACKENDS, installed_versions
 from multilstm.workers import WorkerProcess
 
 BENCH_SCHEMA = "multilstm-bench-1"
@@ -223,6 +229,8 @@ def _start(
         )
         closed_at_end.enter_context(closing(process))
         answer = process.ask("start", precision=dtype)
+        for row in running:
+            row.about |= answer
         if gpu and not answer["gpu"]:
             raise WorkerError(
                 f"it does not see the {gpu}; what to install says: multilstm "
@@ -234,7 +242,6 @@ def _start(
         return
     for row in running:
         row.worker = process
-        row.about |= answer
 
 
 def _pass_on_a_death(row: Row, later: Sequence[Row]) -> None:
@@ -555,6 +562,60 @@ def choose_by(path: Path) -> list[dict[str, Any]]:
             f"{path} must be whole, as bench wrote it; it is not ({error!r}). "
             "Measure here: multilstm choose"
         ) from error
+
+
+def valid_choice(
+    shape: Mapping[str, Any],
+    dtype: str | None,
+    pythons: Mapping[str, Path],
+    *,
+    timeout: float | None = None,
+) -> tuple[dict[str, Any] | None, str]:
+    """The choice kept for this very class of shapes, if it still holds.
+
+    Args:
+        shape: Sizes.
+        dtype: Of the products; None is what training takes.
+        pythons: For each backend the Python that has it: a choice among
+            others does not hold.
+        timeout: Seconds that a Python may take to say what it has.
+
+    Returns:
+        The choice and an empty string, or None and why there is none.
+    """
+    device, driver = devices.device_and_driver()
+    choice = find_choice(device, dtype, shape)
+    if choice is None or choice["shape_class"] != shape_class(shape):
+        return None, "nothing chosen yet for this device and shape"
+    if set(choice["versions"]) != set(pythons):
+        return None, "the last choice was among other backends"
+    for backend, python in pythons.items():
+        if not choice["versions"][backend]:  # it could not even start
+            continue
+        try:
+            versions = _versions_in(python, backend, timeout=timeout)
+        except WorkerError as failure:
+            return None, f"{backend} is not as it was: {failure}"
+        stale = why_stale(choice, backend, driver, versions)
+        if stale:
+            return None, f"the last choice is stale: {stale}"
+    return choice, ""
+
+
+def _versions_in(
+    python: Path, backend: str, *, timeout: float | None = None
+) -> dict[str, str]:
+    """`installed_versions` of another Python.
+
+    Raises:
+        WorkerError: If it does not tell them.
+    """
+    if python == Path(sys.executable):
+        return installed_versions(backend)
+    with closing(WorkerProcess(python, backend, timeout=timeout)) as worker:
+        answer = worker.ask("versions", backend=backend)
+    versions: dict[str, str] = answer["versions"]
+    return versions
 
 
 def by_shape(

@@ -209,6 +209,10 @@ class Worker:
             reason = f"{type(error).__name__}: {line}"[:160]
             raise WorkerError(reason) from error
 
+    def versions(self, backend: str) -> dict[str, Any]:
+        """`installed_versions` here; the framework is not imported."""
+        return {"versions": installed_versions(backend)}
+
     def start(self, precision: str) -> dict[str, Any]:
         """Imports the framework; says what it is and on what it runs."""
         # Several frameworks may share one GPU.

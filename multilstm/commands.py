@@ -31,7 +31,6 @@ from multilstm.selection import (
     describe_presets,
     find_pythons,
     parse_pythons,
-    valid_choice,
     write_keras_json,
 )
 
@@ -168,7 +167,7 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
 
 
 def run_choose(options: Choose, console: Console) -> dict[str, Any]:
-    from multilstm.bench import bench, choose, choose_by
+    from multilstm.bench import bench, choose, choose_by, valid_choice
     from multilstm.report import bench_tables
 
     if options.results is not None:
@@ -183,14 +182,19 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
     batch_sizes = () if size is None else (size,)
     [shape] = _shapes(options, batch_sizes)
     pythons = _pythons(options)
+    how = _how_to_measure(options)
     choice = None
     if not options.again:
         choice, why_not = valid_choice(
-            dataclasses.asdict(shape), options.dtype, pythons
+            dataclasses.asdict(shape),
+            options.dtype,
+            pythons,
+            timeout=options.timeout,
         )
-        console.print(why_not or "kept from before; --again measures anew")
+        told = why_not or "kept from before; --again measures anew"
+        console.print(plain(told))
     if choice is None:
-        result = bench(pythons, [shape], **_how_to_measure(options))
+        result = bench(pythons, [shape], **how)
         for table in bench_tables(result):
             console.print(table)
         choice = choose(result)

@@ -29,7 +29,9 @@ COMPARISON_SCHEMA = "multilstm-comparison-2"
 
 def is_installed(backend: str) -> bool:
     """Whether this Python has the framework, without importing it."""
-    return importlib.util.find_spec(backend) is not None
+    spec = importlib.util.find_spec(backend)
+    # A folder of that name, in the folder one is in, has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def installed_versions(backend: str) -> dict[str, str]:
@@ -126,54 +128,6 @@ def _chosen(
     if backend != choice["backend"]:
         said += f"; {choice['backend']} was faster and is not installed here"
     return backend, said
-
-
-def valid_choice(
-    shape: Mapping[str, Any], dtype: str | None, pythons: Mapping[str, Path]
-) -> tuple[dict[str, Any] | None, str]:
-    """The choice kept for this very class of shapes, if it still holds.
-
-    Args:
-        shape: Sizes.
-        dtype: Of the products; None is what training takes.
-        pythons: For each backend the Python that has it: a choice among
-            others does not hold.
-
-    Returns:
-        The choice and an empty string, or None and why there is none.
-    """
-    device, driver = device_and_driver()
-    choice = find_choice(device, dtype, shape)
-    if choice is None or choice["shape_class"] != shape_class(shape):
-        return None, "nothing chosen yet for this device and shape"
-    if set(choice["versions"]) != set(pythons):
-        return None, "the last choice was among other backends"
-    for backend in pythons:
-        versions = versions_in(pythons[backend], backend)
-        stale = why_stale(choice, backend, driver, versions)
-        if stale:
-            return None, f"the last choice is stale: {stale}"
-    return choice, ""
-
-
-def versions_in(python: Path, backend: str) -> dict[str, str]:
-    """`installed_versions` of another Python."""
-    if python == Path(sys.executable):
-        return installed_versions(backend)
-    program = (
-        "import json; from multilstm.selection import installed_versions as v;"
-        f"print(json.dumps(v({backend!r})))"
-    )
-    done = subprocess.run(
-        [str(python), "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        return {}
-    versions: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return versions
 
 
 def keras_json() -> Path:

@@ -17,6 +17,9 @@ from typing import Any
 
 from multilstm.benchmark import WorkerError
 
+# Where this package is, to be found from a clone that is not installed.
+ROOT = Path(__file__).parents[1]
+
 
 class WorkerProcess:
     """A `benchmark.Worker` in a process of its own.
@@ -25,7 +28,8 @@ class WorkerProcess:
         python: The Python that has the backend.
         backend: Its name.
         timeout: Seconds that an answer may take.
-        program: What that Python runs.
+        program: What that Python runs. No file of the folder one is in is
+            taken for a module.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class WorkerProcess:
         backend: str,
         *,
         timeout: float | None = None,
-        program: tuple[str, ...] = ("-m", "multilstm.benchmark"),
+        program: tuple[str, ...] = ("-P", "-m", "multilstm.benchmark"),
     ) -> None:
         self.timeout = timeout
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (see `close`)
@@ -47,7 +51,9 @@ class WorkerProcess:
                 stderr=self.errors,
                 text=True,
                 errors="replace",
-                env=os.environ | {"KERAS_BACKEND": backend},
+                env=_environment(backend),
+                # So that it can be killed with what it starts.
+                start_new_session=True,
             )
         except OSError as error:
             self.errors.close()
@@ -76,19 +82,20 @@ class WorkerProcess:
         try:
             line = self.answers.get(timeout=self.timeout)
         except queue.Empty:
-            self.process.kill()
-            self.process.wait()
+            self._end()
             raise WorkerError(
                 f"no answer to {method!r} within {self.timeout:g} s; it was "
                 "stopped. Give more time with --timeout."
             ) from None
+        except KeyboardInterrupt:  # which it does not hear in its session
+            self._end()
+            raise
         if not line:
             raise WorkerError(self._say_how_it_ended())
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
-            self.process.kill()
-            self.process.wait()
+            self._end()
             raise WorkerError(
                 f"what it answered is no JSON: {line.strip()[:80]!r}"
             ) from None
@@ -97,7 +104,7 @@ class WorkerProcess:
         return answer
 
     def _say_how_it_ended(self) -> str:
-        status = self.process.wait()
+        status = self._end(patience=10)
         if status < 0:
             name = signal.Signals(-status).name
             hint = ", perhaps for memory" if name == "SIGKILL" else ""
@@ -106,6 +113,17 @@ class WorkerProcess:
         return f"its process ended with status {status}" + (
             f": {said}" if said else ""
         )
+
+    def _end(self, patience: float = 0) -> int:
+        """Ends the process after so many seconds, with all that it started.
+
+        What a wrapper leaves behind would hold the pipes. Gives its status.
+        """
+        if self.process.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+            _kill_group(self.process)
+        return self.process.wait()
 
     def last_line(self) -> str:
         """The last line that the process wrote to its stderr."""
@@ -117,16 +135,34 @@ class WorkerProcess:
         return written[-1][:300] if written else ""
 
     def close(self) -> None:
-        """Ends the process, at once if it does not end by itself."""
+        """Ends the process, by force if it does not end by itself."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._end(patience=10)
         self.listener.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.errors.close()
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    if os.name == "nt":  # which has no groups
+        process.kill()
+        return
+    # No such group, or on macOS no right to it: all have ended.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _environment(backend: str) -> dict[str, str]:
+    """That of a process which finds this package wherever it is started.
+
+    Not by a `site-packages`: it holds all of this environment.
+    """
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    if ROOT.name not in ("site-packages", "dist-packages"):
+        known = environment.get("PYTHONPATH")
+        paths = [str(ROOT), known] if known else [str(ROOT)]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
