@@ -452,7 +452,7 @@ def test_ctrl_c_ends_the_process_that_is_asked(pretend, monkeypatch):
 
 def test_no_file_of_the_folder_is_taken_for_a_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "queue.py").write_text("raise SystemExit('another queue')")
+    (tmp_path / "zipfile.py").write_text("raise SystemExit('mine')")
     worker = WorkerProcess(sys.executable, BACKEND)
     versions = worker.ask("versions", backend=BACKEND)["versions"]
     assert versions == installed_versions(BACKEND)
