@@ -182,3 +182,22 @@ def test_report_is_three_files_even_of_failures(tmp_path):
         paths = write_report(results, tmp_path / name)
         assert [path.suffix for path in paths] == [".html", ".md", ".png"]
         assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("speed", "ms"), [(100.1, 1.5), (100.2, 1.3)])
+def test_windows_that_took_the_same_are_drawn(tmp_path, speed, ms):
+    """By rounding the spread ends an ulp below the middle, or begins above."""
+    assert speed * ms / ms != speed
+    steady = bench_result()
+    for record in steady["results"][:3]:
+        record["tokens_per_second"] = speed
+        record["step_time_ms"] = dict.fromkeys(record["step_time_ms"], ms)
+    *_, drawn = write_report([steady], tmp_path)
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_no_formulas(tmp_path):
+    named = bench_result("GPU $x_{$ y", model="$\\frac$.keras")
+    named["results"][0]["variant"] = "$\\frac$"
+    *_, drawn = write_report([named], tmp_path)
+    assert drawn.read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -523,6 +524,7 @@ def _svg_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 # PNG
 
 
+@rc_context({"text.parse_math": False})  # a name may hold dollars
 def _draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of tokens a second with their spread; curves of perplexity."""
     devices, comparisons = _split(results)
@@ -540,13 +542,14 @@ def _draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         timed = [r for r in _sorted(records) if "reason" not in r][::-1]
         speeds = [record["tokens_per_second"] for record in timed]
         spreads = [_spread(record) for record in timed]
+        # Where all windows took the same, rounding may leave less than none.
         errors = [
             [
-                speed - low
+                max(0.0, speed - low)
                 for speed, (low, _) in zip(speeds, spreads, strict=True)
             ],
             [
-                high - speed
+                max(0.0, high - speed)
                 for speed, (_, high) in zip(speeds, spreads, strict=True)
             ],
         ]
