@@ -29,7 +29,7 @@ from multilstm.bench import (
 )
 from multilstm.benchmark import Shape, Worker, WorkerError, load_model
 from multilstm.doctor import advise, doctor
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.files import write_json
 from multilstm.native_loops import draw_weights
 from multilstm.presets import CONFIG_SCHEMA
@@ -1107,6 +1107,52 @@ def test_choices_of_several_shapes_are_all_told(
     assert not (tmp_path / "keras.json").exists()
 
 
+def test_no_choice_is_kept_where_one_of_a_file_cannot_be_made(
+    result, tmp_path, capsys, own_cache
+):
+    wide = dataclasses.asdict(dataclasses.replace(TINY, batch_size=64))
+    result["results"].append(
+        timed(shape=wide, agrees=False, disagrees="it is wrong", rank=None)
+    )
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(result))
+    assert main(["choose", "--results", str(path)]) == 1
+    assert "it is wrong" in capsys.readouterr().err
+    assert not (own_cache / "choices").exists()
+
+
+def test_choice_by_an_old_file_is_called_stale_at_once(
+    result, tmp_path, capsys
+):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(result))
+    assert main(["choose", "--results", str(path)]) == 0
+    assert "stale" not in capsys.readouterr().out
+    result["results"][1]["versions"] = {"keras": "3.0"}
+    path.write_text(json.dumps(result))
+    assert main(["choose", "--results", str(path)]) == 0
+    assert "is stale, " in capsys.readouterr().out
+
+
+def test_backend_written_for_keras_and_not_here_is_warned_of(
+    result, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr("multilstm.commands.is_installed", BACKEND.__eq__)
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(result))
+    choose = ["choose", "--results", str(path), "--write-keras-json"]
+    absent = result["results"][0]["backend"]
+    warning = f"{absent} is not installed here"
+    assert main(choose) == 0
+    assert warning in capsys.readouterr().out
+    del result["results"][0]
+    rank(result["results"])
+    path.write_text(json.dumps(result))
+    assert main(choose) == 0
+    assert "not installed" not in capsys.readouterr().out
+
+
 def test_choice_for_a_precision_is_taken_where_it_is_asked_for(
     result, capsys, tmp_path
 ):
@@ -1161,6 +1207,35 @@ def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "No space left on device" in printed.err.splitlines()[-1]
     assert f"fastest: {BACKEND}" in printed.out  # not lost
+
+
+def test_where_a_result_goes_is_tried_before_it_is_measured(
+    pretend, tmp_path, monkeypatch, capsys
+):
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    monkeypatch.setenv("MULTILSTM_CACHE", str(no_folder))
+    python = ["--python", f"{BACKEND}={pretend(0.1)}"]
+    for command in (
+        ["choose", *python],
+        ["bench", *python, "--out", str(no_folder / "out")],
+    ):
+        assert main(command) == 1
+        assert "must be a folder that can be" in capsys.readouterr().err
+    assert not pretend.log.exists()
+    assert no_folder.read_bytes() == b""
+
+
+def test_choice_that_cannot_be_kept_is_told(pretend, monkeypatch, capsys):
+    def full(choice):
+        raise WriteError("No space left on device")
+
+    monkeypatch.setattr("multilstm.commands.save_choice", full)
+    python = ["--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "1"]
+    assert main(["choose", *python]) == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err
+    assert f"{BACKEND} on " in printed.out
 
 
 @pytest.mark.parametrize(

@@ -489,9 +489,25 @@ def choose(result: dict[str, Any]) -> dict[str, Any]:
         result: What `bench` gave.
 
     Returns:
+        What `make_choice` gives, and `path`, where it is kept.
+
+    Raises:
+        UserError: If no backend passed the gate.
+    """
+    choice = make_choice(result)
+    return {**choice, "path": str(save_choice(choice))}
+
+
+def make_choice(result: dict[str, Any]) -> dict[str, Any]:
+    """Picks the fastest backend of a benchmark of one shape.
+
+    Args:
+        result: What `bench` gave.
+
+    Returns:
         The choice: `backend`; `ranking`, those that passed the gate, fastest
         first; `equal_within_noise`, those that could not be told apart from
-        the fastest; what they were measured on; and `path`, where it is kept.
+        the fastest; and what they were measured on.
 
     Raises:
         UserError: If no backend passed the gate.
@@ -511,7 +527,7 @@ def choose(result: dict[str, Any]) -> dict[str, Any]:
     )
     others = [r["backend"] for r in ranked if r["backend"] not in equal]
     shape = ours[0]["shape"]
-    choice = {
+    return {
         "made": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
         "device": result["device"],
         "driver": result["driver"],
@@ -531,11 +547,12 @@ def choose(result: dict[str, Any]) -> dict[str, Any]:
             if record["installed"]
         },
     }
-    return {**choice, "path": str(save_choice(choice))}
 
 
-def choose_by(path: Path) -> list[dict[str, Any]]:
-    """Chooses for every shape of a result file that was made here.
+def choices_of(path: Path) -> list[dict[str, Any]]:
+    """A choice for every shape of a result file that was made here.
+
+    None is kept before all are known to be good.
 
     Raises:
         UserError: If the file is not a benchmark of this device and driver,
@@ -556,7 +573,9 @@ def choose_by(path: Path) -> list[dict[str, Any]]:
                 f"{path} must hold times of language models; it has none. "
                 "Measure here: multilstm choose"
             )
-        return [choose(result | {"results": records}) for records in of_shapes]
+        return [
+            make_choice(result | {"results": records}) for records in of_shapes
+        ]
     except (AttributeError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} must be whole, as bench wrote it; it is not ({error!r}). "

@@ -44,6 +44,11 @@ def shape_class(shape: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def choices_folder() -> Path:
+    """Where they are kept."""
+    return cache_folder() / "choices"
+
+
 def save_choice(choice: Mapping[str, Any]) -> Path:
     """Writes a choice in the place of one for the same device and class."""
     of = choice["shape_class"]
@@ -52,9 +57,7 @@ def save_choice(choice: Mapping[str, Any]) -> Path:
         f"-length{of['length']}-words{of['words']}"
     )
     device = re.sub(r"[^a-z0-9]+", "-", choice["device"].lower()).strip("-")
-    path = (
-        cache_folder() / "choices" / f"{device}-{choice['dtype']}-{sizes}.json"
-    )
+    path = choices_folder() / f"{device}-{choice['dtype']}-{sizes}.json"
     write_json(path, {"schema": CHOICE_SCHEMA, **choice})
     return path
 
@@ -77,7 +80,7 @@ def find_choice(
     """
     dtype = dtype or usual_precision()
     found = []
-    for path in sorted((cache_folder() / "choices").glob("*.json")):
+    for path in sorted(choices_folder().glob("*.json")):
         try:
             choice = read_json(path, schema=CHOICE_SCHEMA)
         except (UserError, OSError):

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from multilstm.choices import choices_folder, save_choice
 from multilstm.clock import clock
 from multilstm.devices import usual_precision
 from multilstm.errors import UserError
-from multilstm.files import finite_or_none, write_json
+from multilstm.files import check_folder, finite_or_none, write_json
 from multilstm.options import (
     Bench,
     Choose,
@@ -27,9 +28,11 @@ from multilstm.options import (
 )
 from multilstm.presets import find_preset
 from multilstm.selection import (
+    chosen_backend,
     compare,
     describe_presets,
     find_pythons,
+    is_installed,
     parse_pythons,
     write_keras_json,
 )
@@ -148,12 +151,15 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
     if options.model is not None:
         sizes = ("units", "layers", "embedding_dim", "vocabulary_size")
         refuse(options, sizes, "beside --model, which has its own")
+    shapes = _shapes(options, _batch_sizes(options.batch_size))
+    how = _how_to_measure(options)
+    check_folder(options.out)
     result = bench(
         _pythons(options),
-        _shapes(options, _batch_sizes(options.batch_size)),
+        shapes,
         model=options.model,
         peers=options.peers,
-        **_how_to_measure(options),
+        **how,
     )
     for table in bench_tables(result):
         console.print(table)
@@ -167,23 +173,43 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
 
 
 def run_choose(options: Choose, console: Console) -> dict[str, Any]:
-    from multilstm.bench import bench, choose, choose_by, valid_choice
-    from multilstm.report import bench_tables
+    from multilstm.bench import choices_of
 
-    if options.results is not None:
+    if options.results is None:
+        choice, is_kept = _choice_by_measuring(options, console)
+        choices = [choice]
+    else:
         names = (
             *_SIZES,
             *("preset", "batch_size", "dtype", "again", "python"),
             *("processes", "rounds", "steps", "timeout"),
         )
         refuse(options, names, "beside --results, which was measured already")
-        return _tell_choices(choose_by(options.results), options, console)
+        choices, is_kept = choices_of(options.results), False
+    _tell_choices(choices, console)
+    if not is_kept:
+        choices = [
+            {**choice, "path": str(save_choice(choice))} for choice in choices
+        ]
+    if options.results is not None:
+        _tell_what_is_stale(choices, console)
+    if options.write_keras_json:
+        _write_for_keras(choices, console)
+    return (choices[0] if len(choices) == 1 else {}) | {"choices": choices}
+
+
+def _choice_by_measuring(
+    options: Choose, console: Console
+) -> tuple[dict[str, Any], bool]:
+    """The choice for the shape asked for, and whether it is one from before."""
+    from multilstm.bench import bench, make_choice, valid_choice
+    from multilstm.report import bench_tables
+
     size = options.batch_size
     batch_sizes = () if size is None else (size,)
     [shape] = _shapes(options, batch_sizes)
     pythons = _pythons(options)
     how = _how_to_measure(options)
-    choice = None
     if not options.again:
         choice, why_not = valid_choice(
             dataclasses.asdict(shape),
@@ -193,18 +219,16 @@ def run_choose(options: Choose, console: Console) -> dict[str, Any]:
         )
         told = why_not or "kept from before; --again measures anew"
         console.print(plain(told))
-    if choice is None:
-        result = bench(pythons, [shape], **how)
-        for table in bench_tables(result):
-            console.print(table)
-        choice = choose(result)
-    return _tell_choices([choice], options, console)
+        if choice is not None:
+            return choice, True
+    check_folder(choices_folder())
+    result = bench(pythons, [shape], **how)
+    for table in bench_tables(result):
+        console.print(table)
+    return make_choice(result), False
 
 
-def _tell_choices(
-    choices: list[dict[str, Any]], options: Choose, console: Console
-) -> dict[str, Any]:
-    backends = {choice["backend"] for choice in choices}
+def _tell_choices(choices: list[dict[str, Any]], console: Console) -> None:
     for choice in choices:
         equal = ", ".join(choice["equal_within_noise"])
         note = f" (equal within noise: {equal}; it compiles fastest)"
@@ -219,14 +243,33 @@ def _tell_choices(
                 "It is the default of train with --precision "
                 f"{mixed}{choice['dtype']} alone."
             )
-    if options.write_keras_json:
-        if len(backends) > 1:
-            raise UserError(
-                "--write-keras-json needs one backend; for these shapes it is "
-                f"{', '.join(sorted(backends))}. Choose by one shape."
-            )
-        console.print(f"written to {write_keras_json(backends.pop())}")
-    return (choices[0] if len(choices) == 1 else {}) | {"choices": choices}
+
+
+def _tell_what_is_stale(
+    choices: list[dict[str, Any]], console: Console
+) -> None:
+    """What the next start would say of choices by an older file."""
+    for choice in choices:
+        backend, said = chosen_backend(choice["shape"], choice["dtype"])
+        if backend is None and said:
+            console.print(plain(said), style="red")
+
+
+def _write_for_keras(choices: list[dict[str, Any]], console: Console) -> None:
+    backends = {choice["backend"] for choice in choices}
+    if len(backends) > 1:
+        raise UserError(
+            "--write-keras-json needs one backend; for these shapes it is "
+            f"{', '.join(sorted(backends))}. Choose by one shape."
+        )
+    [backend] = backends
+    console.print(f"written to {write_keras_json(backend)}")
+    if not is_installed(backend):
+        console.print(
+            f"{backend} is not installed here: where it is not, import keras "
+            "fails unless KERAS_BACKEND names another one.",
+            style="red",
+        )
 
 
 def refuse(options: Common, names: Sequence[str], where: str) -> None:

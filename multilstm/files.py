@@ -83,6 +83,25 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def check_folder(folder: Path) -> None:
+    """Makes a folder and a file in it, before long work that ends there.
+
+    Raises:
+        WriteError: If the system refuses.
+    """
+    trial = folder / f".trial-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise WriteError(
+            f"{folder} must be a folder that can be written to; the system "
+            f"says: {reason}. Name another one or mend the permissions."
+        ) from error
+
+
 def remove_leftovers(path: Path) -> None:
     """Removes what killed processes left of `replacing(path)`.
 

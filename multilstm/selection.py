@@ -99,17 +99,20 @@ def _first_named(
         return asked, "--backend"
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"], "KERAS_BACKEND"
-    chosen, said = _chosen(shape, dtype)
+    chosen, said = chosen_backend(shape, dtype)
     if chosen:
         return chosen, said
     backend, reason = _named_by_keras_or_installed()
     return backend, f"{reason}; {said}" if said else reason
 
 
-def _chosen(
+def chosen_backend(
     shape: Mapping[str, Any] | None, dtype: str | None
 ) -> tuple[str | None, str]:
-    """The cached choice and what it is; or None and why it does not hold."""
+    """The backend of the choice kept for a shape, and what it is.
+
+    Or None, and why it does not hold here.
+    """
     device, driver = device_and_driver()
     choice = find_choice(device, dtype, shape)
     if choice is None:
