@@ -29,7 +29,7 @@ import numpy as np
 
 with atheris.instrument_imports(include=["multilstm"]):
     from multilstm import LanguageModel, Vocabulary, corpus
-    from multilstm.choices import find_choice
+    from multilstm.choices import CHOICE_SCHEMA, SIZES, find_choice
     from multilstm.errors import UserError
     from multilstm.report import read_results
     from multilstm.run_folder import Progress, RunFolder
@@ -59,13 +59,11 @@ CHOICE.parent.mkdir(parents=True)
 CHOICE.write_text(
     json.dumps(
         {
-            "schema": "multilstm-choice-1",
+            "schema": CHOICE_SCHEMA,
             "device": "gpu",
             "driver": None,
             "dtype": "float32",
-            "shape_class": dict.fromkeys(
-                ("layers", "units", "batch", "length", "words"), 2
-            ),
+            "shape_class": dict.fromkeys(SIZES, 2) | {"tied": False},
             "backend": "jax",
             "made": "2026-01-01",
             "versions": {},

@@ -796,6 +796,26 @@ def test_nearest_class_of_shapes_is_taken(result):
     assert "batch 32" in select_backend(None, wanted)[1]
 
 
+@pytest.mark.parametrize("change", [{"embedding_dim": 600}, {"tied": True}])
+def test_choice_is_not_kept_for_other_embeddings(result, change):
+    """Which decide what the first kernel and the logits cost."""
+    del result["results"][0]
+    rank(result["results"])
+    choose(result)
+    pythons = {BACKEND: Path(sys.executable)}
+    shape = dataclasses.asdict(TINY)
+    assert valid_choice(shape, "float32", pythons)[0] is not None
+    choice, why_not = valid_choice(shape | change, "float32", pythons)
+    assert choice is None
+    assert "nothing chosen yet" in why_not
+    # Each has a file of its own.
+    result["results"][0]["shape"] = shape | change
+    choose(result)
+    for of in (shape, shape | change):
+        choice, _ = valid_choice(of, "float32", pythons)
+        assert choice["shape"] == json.loads(json.dumps(of))
+
+
 def test_nothing_that_passed_cannot_be_chosen(result):
     for record in result["results"]:
         record |= {"rank": None, "agrees": False, "disagrees": "it is wrong"}
@@ -806,9 +826,14 @@ def test_nothing_that_passed_cannot_be_chosen(result):
 def test_choice_of_an_older_version_is_passed_over(result):
     path = Path(choose(result)["path"])
     choice = json.loads(path.read_text())
-    del choice["ranking"]
+    ranking = choice.pop("ranking")
     path.write_text(json.dumps(choice))
     assert choices.find_choice("Chip") is None
+    del choice["shape_class"]["embedding"]
+    older = {"ranking": ranking, "schema": "multilstm-choice-1"}
+    for content in (choice | older, choice | {"ranking": ranking}):
+        path.write_text(json.dumps(content))
+        assert choices.find_choice("Chip") is None
 
 
 def test_choice_holds_among_the_same_backends_and_versions(result):
@@ -879,7 +904,9 @@ def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):
         thread.join()
     [path] = (own_cache / "choices").iterdir()
     assert choices.find_choice("Chip")["ranking"][1] == BACKEND
-    assert path.name == "chip-float32-2x8-batch4-length4-words16.json"
+    assert (
+        path.name == "chip-float32-2x8-embedding8-batch4-length4-words16.json"
+    )
 
 
 def test_choice_on_a_gpu_is_that_for_tf32_unless_told(result, monkeypatch):
@@ -1178,6 +1205,7 @@ def test_run_that_goes_on_is_looked_up_by_its_own_sizes(tmp_path):
     }
     write_json(run / "config.json", config)
     shape, dtype = _what_to_train(Train(out=run, resume=True))
+    assert (shape["embedding_dim"], shape["tied"]) == (400, True)
     assert (shape["units"], dtype) == ([1150, 1150, 400], "bfloat16")
     shape, dtype = _what_to_train(Train(out=run))  # which then is refused
     assert (shape["units"], dtype) == ([256, 256], None)

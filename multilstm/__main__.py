@@ -121,6 +121,8 @@ def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
     dtype = "bfloat16" if precision == "mixed_bfloat16" else precision
     shape = {
         "units": preset.units_of_layers,
+        "embedding_dim": preset.embedding_dim,
+        "tied": preset.tied_embeddings,
         "batch_size": max(options.batch_size or preset.batch_size, 1),
         "sequence_length": max(
             options.sequence_length or preset.sequence_length, 1

@@ -1,7 +1,8 @@
 """Which backend was fastest, kept for the next start.
 
 A choice holds for a device and its driver, the versions of what was timed, a
-dtype and a class of shapes: sizes rounded to powers of two. Each is a JSON
+dtype and a class of shapes: sizes rounded to powers of two, and whether the
+embeddings are tied. Each is a JSON
 file of its own in the user's cache folder, written whole or not at all, so
 that two that choose at once do no harm.
 """
@@ -16,20 +17,25 @@ from multilstm.devices import usual_precision
 from multilstm.errors import UserError
 from multilstm.files import cache_folder, read_json, write_json
 
-CHOICE_SCHEMA = "multilstm-choice-1"
+CHOICE_SCHEMA = "multilstm-choice-2"
 _FIELDS = {
     *("made", "device", "driver", "dtype", "shape", "shape_class"),
     *("shape_line", "backend", "ranking", "equal_within_noise", "versions"),
     "tokens_per_second",
 }
+SIZES = ("layers", "units", "embedding", "batch", "length", "words")
 
 
 def shape_class(shape: Mapping[str, Any]) -> dict[str, int]:
     """The class of a shape: its sizes as the nearest powers of two.
 
-    >>> shape_class({"units": [650, 650], "batch_size": 20,
-    ...     "sequence_length": 35, "vocabulary_size": 10_000})
-    {'layers': 2, 'units': 512, 'batch': 16, 'length': 32, 'words': 8192}
+    >>> of = shape_class({"units": [650, 650], "embedding_dim": 650,
+    ...     "batch_size": 20, "sequence_length": 35,
+    ...     "vocabulary_size": 10_000, "tied": False})
+    >>> of["layers"], of["units"], of["embedding"], of["tied"]
+    (2, 512, 512, False)
+    >>> of["batch"], of["length"], of["words"]
+    (16, 32, 8192)
     """
 
     def rounded(number: int) -> int:
@@ -38,9 +44,11 @@ def shape_class(shape: Mapping[str, Any]) -> dict[str, int]:
     return {
         "layers": len(shape["units"]),
         "units": rounded(max(shape["units"])),
+        "embedding": rounded(shape["embedding_dim"]),
         "batch": rounded(shape["batch_size"]),
         "length": rounded(shape["sequence_length"]),
         "words": rounded(shape["vocabulary_size"]),
+        "tied": bool(shape["tied"]),
     }
 
 
@@ -53,8 +61,9 @@ def save_choice(choice: Mapping[str, Any]) -> Path:
     """Writes a choice in the place of one for the same device and class."""
     of = choice["shape_class"]
     sizes = (
-        f"{of['layers']}x{of['units']}-batch{of['batch']}"
-        f"-length{of['length']}-words{of['words']}"
+        f"{of['layers']}x{of['units']}-embedding{of['embedding']}"
+        f"{'-tied' * of['tied']}-batch{of['batch']}-length{of['length']}"
+        f"-words{of['words']}"
     )
     device = re.sub(r"[^a-z0-9]+", "-", choice["device"].lower()).strip("-")
     path = choices_folder() / f"{device}-{choice['dtype']}-{sizes}.json"
@@ -100,19 +109,19 @@ def find_choice(
 def _is_whole(choice: Mapping[str, Any]) -> bool:
     if not choice.keys() >= _FIELDS:
         return False
-    sizes = choice["shape_class"]
-    return isinstance(sizes, dict) and all(
-        isinstance(sizes.get(name), int) and sizes[name] > 0
-        for name in ("layers", "units", "batch", "length", "words")
+    of = choice["shape_class"]
+    return (
+        isinstance(of, dict)
+        and isinstance(of.get("tied"), bool)
+        and all(isinstance(of.get(n), int) and of[n] > 0 for n in SIZES)
     )
 
 
 def _distance(choice: Mapping[str, Any], wanted: Mapping[str, int]) -> float:
-    """How many doublings two classes are apart."""
-    return sum(
-        abs(math.log2(choice["shape_class"][name] / wanted[name]))
-        for name in wanted
-    )
+    """How many doublings two classes are apart; tied or not counts as one."""
+    of: Mapping[str, int] = choice["shape_class"]
+    apart = [abs(math.log2(of[n] / wanted[n])) for n in SIZES]
+    return sum(apart) + (of["tied"] != wanted["tied"])
 
 
 def why_stale(

@@ -64,7 +64,8 @@ def select_backend(
 
     Args:
         asked: What `--backend` said.
-        shape: Sizes of what is to be trained, for which a choice was made.
+        shape: Sizes of what is to be trained, named as those of a
+            `benchmark.Shape`, for which a choice was made.
         dtype: Of its products, likewise. Default: what training takes.
 
     Returns:
@@ -202,6 +203,8 @@ def describe_presets(
     for preset in PRESETS.values():
         shape = {
             "units": preset.units_of_layers,
+            "embedding_dim": preset.embedding_dim,
+            "tied": preset.tied_embeddings,
             "batch_size": preset.batch_size,
             "sequence_length": preset.sequence_length,
             "vocabulary_size": vocabulary_size,
