@@ -85,6 +85,9 @@ for line in sys.stdin:
     if method == "prepare" and fault == "too large":
         if arguments["batch_size"] == 128:
             answer = dict(failure="out of memory")
+    if method == "prepare" and fault == "killed by 128":
+        if arguments["batch_size"] == 128:
+            os.kill(os.getpid(), signal.SIGKILL)
     if method == "build" and fault == "raises":
         answer = dict(failure="ValueError: no such kernel")
     print(json.dumps(answer), flush=True)
@@ -145,14 +148,14 @@ def test_windows_take_turns_and_the_fastest_is_first(pretend):
     [
         ("raises", "ValueError: no such kernel"),
         ("killed", "ended by SIGKILL, perhaps for memory"),
-        ("hangs", "no answer to 'time_window' within 8 s"),
+        ("hangs", "no answer to 'time_window' within 5 s"),
         ("ends", "status 1: RuntimeError: the device is gone"),
         ("babbles", "what it answered is no JSON: 'hello'"),
     ],
 )
 def test_one_that_fails_is_a_row_with_its_reason(pretend, fault, reason):
     pythons = {"jax": pretend(0.2), "torch": pretend(0.1, fault)}
-    timeout = 8 if fault == "hangs" else 60  # of which two processes begin
+    timeout = 5 if fault == "hangs" else 60  # of which two processes begin
     result = bench(
         pythons, [TINY, TINY], processes=2, rounds=1, steps=2, timeout=timeout
     )
@@ -173,6 +176,24 @@ def test_failure_of_one_shape_does_not_lose_the_times_of_another(pretend):
     of_large, of_tiny = result["results"][0], result["results"][3]
     assert of_large["reason"] == "out of memory"
     assert [len(windows) for windows in of_tiny["windows_ms"]] == [1, 1]
+
+
+def test_process_that_died_of_one_shape_is_started_anew_for_the_next(pretend):
+    """So that results do not depend on the order of shapes."""
+    large = dataclasses.replace(TINY, batch_size=128)
+    for shapes in ([large, TINY], [TINY, large]):
+        result = bench(
+            {"jax": pretend(0.1, "killed by 128")},
+            shapes,
+            processes=2,
+            rounds=1,
+            steps=2,
+        )
+        of_jax = [r for r in result["results"] if r["backend"] == "jax"]
+        found = {record["shape"]["batch_size"]: record for record in of_jax}
+        assert "ended by SIGKILL" in found[128]["reason"]
+        windows = found[TINY.batch_size]["windows_ms"]
+        assert [len(process) for process in windows] == [1, 1]
 
 
 def test_what_numpy_has_no_memory_for_loses_no_other_shape(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ class Row:
     def runs(self) -> bool:
         """Whether nothing has failed."""
         return "reason" not in self.about
+
+    @property
+    def has_lost_its_process(self) -> bool:
+        """Whether other shapes need another one."""
+        return (
+            self.worker is not None and self.worker.process.poll() is not None
+        )
 
 
 def bench(
@@ -152,15 +160,16 @@ def bench(
     for number in range(processes):
         with ExitStack() as closed_at_end:
             tell(f"processes, {number + 1} of {processes}")
+            start = partial(
+                _start,
+                pythons=pythons,
+                timeout=timeout,
+                dtype=dtype,
+                closed_at_end=closed_at_end,
+                gpu=device if driver else None,
+            )
             for same in zip(*rows_of, strict=True):
-                _start(
-                    same,
-                    pythons,
-                    timeout,
-                    dtype,
-                    closed_at_end,
-                    gpu=device if driver else None,
-                )
+                start(same)
             if steps is None:
                 started = [row for row in rows_of[0] if row.runs]
                 steps = 100 if any(row.about["gpu"] for row in started) else 8
@@ -170,7 +179,8 @@ def bench(
                 lengths[place] = _prepare(rows, shape, model, steps)
                 _measure(rows, shape, rounds, steps, tell)
                 for same in zip(*rows_of, strict=True):
-                    _pass_on_a_death(same[place], same[place + 1 :])
+                    if same[place].has_lost_its_process:
+                        start(same[place + 1 :])
             for row in (row for rows in rows_of for row in rows):
                 row.worker = None
     assert steps is not None
@@ -208,11 +218,11 @@ def bench(
 
 def _start(
     same: Sequence[Row],
+    *,
     pythons: Mapping[str, Path],
     timeout: float,
     dtype: str,
     closed_at_end: ExitStack,
-    *,
     gpu: str | None,
 ) -> None:
     """Starts one process for the rows of one backend and way.
@@ -242,14 +252,6 @@ def _start(
         return
     for row in running:
         row.worker = process
-
-
-def _pass_on_a_death(row: Row, later: Sequence[Row]) -> None:
-    """A process that has ended answers for no other shape either."""
-    if row.runs or row.worker is None or row.worker.process.poll() is None:
-        return
-    for other in later:
-        other.about.setdefault("reason", row.about["reason"])
 
 
 def _prepare(
