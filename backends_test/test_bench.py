@@ -335,6 +335,35 @@ def test_one_alone_is_held_against_numpy():
     assert "its first loss is 2.0e-03 from NumPy's" in record["disagrees"]
 
 
+def test_losses_that_fall_to_nothing_are_compared_as_the_first():
+    """A rounding of 1e-5 is 2e-3 of the last."""
+    records = [
+        timed(losses=[3.0, 0.1, 0.05, 0.02, 0.01, 0.006]),
+        timed("torch", losses=[3.0, 0.1, 0.05, 0.02, 0.01, 0.00601]),
+    ]
+    judge(records, 3.0, "float32")
+    assert [record["disagrees"] for record in records] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "agrees"), [("float32", False), ("bfloat16", True)]
+)
+def test_bfloat16_may_round_the_losses_of_few_words(dtype, agrees):
+    records = [
+        timed(losses=[3.0, *[2.0] * 5]),
+        timed("torch", losses=[3.0 * 1.002, *[2.0 * 1.002] * 5]),
+    ]
+    judge(records, 3.0, dtype)
+    assert [record["agrees"] for record in records] == [agrees, agrees]
+
+
+def test_one_word_a_step_is_refused(tmp_path):
+    """Its window would come twice and its first loss be a mean of two."""
+    shape = dataclasses.replace(TINY, batch_size=1, sequence_length=1)
+    with pytest.raises(UserError, match="needs two words or more"):
+        bench({"jax": tmp_path}, [TINY, shape])
+
+
 def test_layer_alone_is_no_witness_for_the_same_layer():
     """What is wrong with ours is so twice; half of it would pass."""
     losses = [3.0, *[2.0 * 1.0019] * 5]

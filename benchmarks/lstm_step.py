@@ -97,22 +97,26 @@ def measure(
         entry.ask("prepare", steps=options.steps, **sizes)
     for entry in entries:
         entry.known |= entry.ask("build", variant=entry.variant)
-    check_losses(entries)
+    check_losses(entries, LOSS_TOLERANCE[options.precision])
     for _ in range(options.rounds):
         time_round(entries, options.steps)
     return entries
 
 
-def check_losses(entries: list[Entry]) -> None:
-    """Compares the losses of each with the median of all."""
+def check_losses(entries: list[Entry], tolerance: float) -> None:
+    """Compares the losses of each with the median of all.
+
+    What they differ by is relative to the loss before the first step.
+    """
     entries = [entry for entry in entries if entry.runs]
     losses = np.array([entry.known["losses"] for entry in entries])
     if not entries:
         return
-    deviations = np.abs(losses / np.nanmedian(losses, axis=0) - 1).max(axis=1)
+    middle = np.nanmedian(losses, axis=0)
+    deviations = np.abs(losses - middle).max(axis=1) / middle[0]
     for entry, deviation in zip(entries, deviations, strict=True):
         entry.known["loss_deviation"] = float(deviation)
-        entry.known["comparable"] = bool(deviation <= LOSS_TOLERANCE)
+        entry.known["comparable"] = bool(deviation <= tolerance)
 
 
 def time_round(entries: list[Entry], steps: int) -> None:
@@ -365,7 +369,7 @@ def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
             "steps_per_window": options.steps,
             "warm_up_windows": 1,
             "check_steps": CHECK_STEPS,
-            "loss_tolerance": LOSS_TOLERANCE,
+            "loss_tolerance": LOSS_TOLERANCE[options.precision],
             "order": "each round goes through all variants and backends",
         },
         "results": [],

@@ -36,11 +36,14 @@ BENCH_SCHEMA = "multilstm-bench-1"
 DTYPES = ("float32", "tf32", "bfloat16")
 PEERS = ("our_layer", "stock_competent", "native")
 
-# Of a loss, relative, between two ways to compute the same. Seen on a CPU
-# after five steps: 3e-6 in float32, 7e-4 in bfloat16, 3e-4 for a softmax, which
-# Keras clips. A lost bias or a swapped gate changes it by 2e-3 or more.
-LOSS_TOLERANCE = 1e-3
-FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "tf32": 1e-3, "bfloat16": 1e-3}
+# Of a loss between two ways to compute the same, relative to the loss before
+# the first step: later ones may fall to nothing. Seen on a CPU after five
+# steps: 3e-6 in float32, 7e-4 in bfloat16, 3e-4 for a softmax, which Keras
+# clips. A lost bias or a swapped gate changes it by 2e-3 or more. bfloat16
+# rounds a logit by up to 2e-3 of it, which in a batch of few words does not
+# average out: seen with two words, 1e-3 of the first loss.
+LOSS_TOLERANCE = {"float32": 1e-3, "tf32": 1e-3, "bfloat16": 5e-3}
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "tf32": 1e-3, "bfloat16": 5e-3}
 # Of a product of 1024 rows. Seen: 2e-7 in float32; TF32 gives 3e-4.
 PRODUCT_TOLERANCE = {"float32": 1e-5, "tf32": 1e-2, "bfloat16": 1e-1}
 
@@ -125,7 +128,8 @@ def bench(
         of ours that passed the gate, None for what is not ranked.
 
     Raises:
-        UserError: If no backend can be run at all.
+        UserError: If no backend can be run at all, or what is given does
+            not go together.
     """
     if not pythons:
         raise UserError(
@@ -142,6 +146,12 @@ def bench(
         raise UserError(
             "Peers are timed beside networks of this package; received peers "
             f"and the model {model}. Leave one of them out."
+        )
+    if not model and any(shape.tokens < 2 for shape in shapes):
+        # Windows of one word come once more, and count as two steps.
+        raise UserError(
+            "A step needs two words or more; received a batch of one row of "
+            "one word. Give a larger batch size or sequence length."
         )
     ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
     if peers:
@@ -177,7 +187,7 @@ def bench(
                 zip(shapes, rows_of, strict=True)
             ):
                 lengths[place] = _prepare(rows, shape, model, steps)
-                _measure(rows, shape, rounds, steps, tell)
+                _measure(rows, shape, rounds, steps, dtype, tell)
                 for same in zip(*rows_of, strict=True):
                     if same[place].has_lost_its_process:
                         start(same[place + 1 :])
@@ -208,7 +218,7 @@ def bench(
             "steps_in_a_window": steps,
             "warm_up_windows": 1,
             "check_steps": CHECK_STEPS,
-            "loss_tolerance": LOSS_TOLERANCE,
+            "loss_tolerance": LOSS_TOLERANCE[dtype],
             "noise": NOISE,
             "order": "each round goes through all backends and peers",
         },
@@ -281,6 +291,7 @@ def _measure(
     shape: Shape,
     rounds: int,
     steps: int,
+    dtype: str,
     tell: Callable[[str], None],
 ) -> None:
     """Builds every row, then times windows of all of them in turns."""
@@ -293,8 +304,8 @@ def _measure(
             row.processes.append([])
             first = row.about.setdefault("losses", answer["losses"])
             if not row.about.get("is_random"):
-                apart = np.abs(np.divide(answer["losses"], first) - 1).max()
-                row.about["steady"] = bool(apart <= LOSS_TOLERANCE)
+                off = np.abs(np.subtract(answer["losses"], first)) / first[0]
+                row.about["steady"] = bool(off.max() <= LOSS_TOLERANCE[dtype])
             row.about = answer | row.about  # the losses of the first process
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds}")
@@ -402,7 +413,8 @@ def judge(
     finite = [np.isfinite(record["losses"]).all() for record in running]
     witnesses = [record["variant"] != "our_layer" for record in running]
     with np.errstate(invalid="ignore"):
-        apart = np.abs(losses / np.nanmedian(losses[witnesses], axis=0) - 1)
+        middle = np.nanmedian(losses[witnesses], axis=0)
+        apart = np.abs(losses - middle) / middle[:1]
     if sum(witnesses) == 2:
         apart *= 2  # half of the way between them is the median
     for record, of_steps, is_finite in zip(running, apart, finite, strict=True):
@@ -412,10 +424,11 @@ def judge(
         if record.get("steady") is False:
             said.append("its losses differ from one process to the next")
         worst = float(of_steps.max()) if of_steps.size else 0.0
-        if not worst <= LOSS_TOLERANCE:  # NaN too
+        allowed = LOSS_TOLERANCE[dtype]
+        if not worst <= allowed:  # NaN too
             said.append(
                 f"its losses are {worst:.1e} from those of the others "
-                f"({LOSS_TOLERANCE:g} allowed)"
+                f"({allowed:g} allowed)"
             )
         if truth is not None:
             off = abs(record["losses"][0] / truth - 1)
