@@ -919,6 +919,28 @@ def test_folder_with_a_run_is_left_as_it_is(train, tmp_path):
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "best.weights.h5",
+        "checkpoint/last.npz",
+        "checkpoint/previous.npz",
+        "result.json",
+    ],
+)
+def test_a_run_without_its_config_is_not_trained_over(
+    name, resume, train, tmp_path
+):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of days")
+    with pytest.raises(UserError, match=rf"{name} is of .*config\.json is gone"):
+        train(epochs=1, resume=resume)
+    assert path.read_bytes() == b"of days"
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("preset", "tiny_windows"), ("seed", 4), ("batch_size", 4)],

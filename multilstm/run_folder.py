@@ -185,7 +185,8 @@ class RunFolder:
         """Starts a run.
 
         Raises:
-            UserError: If the folder has a run already, which stays as it is.
+            UserError: If the folder has a run already, or what is left of
+                one, which stays as it is.
         """
         if self.devices.rank:
             return
@@ -194,6 +195,17 @@ class RunFolder:
                 f"{self.path} already holds a run. Continue it with --resume, "
                 "or choose another folder with --out."
             )
+        trained = (
+            *(self.best_weights, self.checkpoint, self.previous_checkpoint),
+            self.result,
+        )
+        for path in trained:
+            if path.exists():
+                raise UserError(
+                    f"{path} is of a run whose {self.config.name} is gone; it "
+                    "would be overwritten. Put that file back, or choose "
+                    "another folder with --out."
+                )
         vocabulary.save(self.vocabulary)
         write_json(self.config, {"schema": CONFIG_SCHEMA, **config})
 
