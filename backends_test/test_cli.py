@@ -117,6 +117,27 @@ def test_train_says_how_to_go_on_after_an_interrupt(
     assert record(lines)["epochs"] == 3
 
 
+@pytest.mark.parametrize("name", ["b[/b]", "[a=1]", "[bold]", ":smile:"])
+def test_names_are_printed_as_they_are(
+    name, command, tiny, corpus_folder, tmp_path
+):
+    """What has brackets or colons is no markup."""
+    corpus = tmp_path / name
+    corpus.parent.mkdir(exist_ok=True)
+    corpus_folder.rename(corpus)
+    status, lines, _ = command("corpus", corpus)
+    assert status == 0
+    assert f"{corpus.name}: 9 words" in "\n".join(lines)
+    out = tmp_path / f"run {name}"
+    status, lines, err = command(
+        *("train", "--preset", tiny, "--corpus", corpus),
+        *("--out", out, "--minutes", 0.0001),
+    )
+    assert (status, "Traceback" in err) == (0, False)
+    assert lines[-2].endswith(f", in {out}")
+    assert shlex.join(["--out", str(out)]) in lines[-1]
+
+
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_evaluate_measures_the_split(split, command, run_folder):
     status, lines, _ = command(

@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Word-level LSTM language models on any Keras backend.",
         args=arguments,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    # Paths and words may hold brackets and colons, which are no markup.
+    console = Console(
+        highlight=False, soft_wrap=True, markup=False, emoji=False
+    )
     is_first = True
     try:
         if isinstance(options, OnBackend):
