@@ -689,18 +689,131 @@ def test_weights_that_a_lost_epoch_left_are_told_as_what_they_are(
     train(epochs=1)
     folder = RunFolder(tmp_path / "run")
     model, *_ = load_run(folder.path)
-    folder.save_best_weights(model, 2, 1.5)
+    folder.save_best_weights(model, 2, 8.9)
     result = train(epochs=2, resume=True)
     row = result["history"][1]
-    assert row["valid_perplexity"] < result["history"][0]["valid_perplexity"]
+    assert row["valid_perplexity"] < 8.9
     assert result["valid_perplexity"] == row["valid_perplexity"]
+    assert result["best_epoch"] == 2
     monkeypatch.setattr(
         type(PRESETS["tiny"]), "learning_rate_of", lambda *_: 10.0
     )
     folder.save_best_weights(model, 3, 1.5)
     result = train(epochs=3, resume=True)
-    assert (result["best_epoch"], result["valid_perplexity"]) == (3, 1.5)
+    assert (result["best_epoch"], result["valid_perplexity"]) == (None, 1.5)
     assert result["history"][2]["valid_perplexity"] > 1.5
+
+
+def damage(path):
+    """Flips a bit of the last weights or state in a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_better_weights_outlive_a_checkpoint_that_is_lost(
+    train, tmp_path, caplog
+):
+    """What is trained again goes worse."""
+    expected = train()
+    folder = RunFolder(tmp_path / "run")
+    best = folder.best_weights.read_bytes()
+    damage(folder.checkpoint)
+    result = train(learning_rate=1e-4, resume=True)
+    assert folder.best_weights.read_bytes() == best
+    assert result["history"][:2] == expected["history"][:2]
+    kept = expected["valid_perplexity"]
+    rows = [row["valid_perplexity"] for row in result["history"]]
+    assert kept < rows[2] < rows[1]
+    # Those of the weights that are kept, of which the history has no epoch.
+    assert (result["valid_perplexity"], result["best_epoch"]) == (kept, None)
+    assert result["test_perplexity"] == expected["test_perplexity"]
+    told = [line for line in caplog.messages if "is of epoch 3" in line]
+    assert len(told) == 1
+    assert f"perplexity {kept:.2f}" in told[0]
+
+
+def test_epoch_that_is_trained_again_the_same_is_the_best(
+    train, tmp_path, monkeypatch
+):
+    expected = train()
+    damage(RunFolder(tmp_path / "run").checkpoint)
+    saved = []
+    monkeypatch.setattr(
+        RunFolder, "save_best_weights", lambda *about: saved.append(about)
+    )
+    result = train(resume=True)
+    assert figures(result) == figures(expected)
+    assert result["best_epoch"] == expected["best_epoch"] == 3
+    assert not saved
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), r"best\.weights\.h5 is gone\. The next"),
+        (damage, "best.weights.h5 cannot be read.* The next epoch writes"),
+        (lambda path: path.write_bytes(b"no HDF5"), "be read.* The next epoch"),
+    ],
+    ids=["gone", "damaged", "another"],
+)
+def test_best_weights_that_are_lost_are_told_and_written_anew(
+    spoil, message, train, tmp_path, caplog
+):
+    train(epochs=2)
+    folder = RunFolder(tmp_path / "run")
+    spoil(folder.best_weights)
+    result = train(epochs=3, learning_rate=1.0, resume=True)
+    assert sum(bool(re.search(message, m)) for m in caplog.messages) == 1
+    first, *_, last = result["history"]
+    assert last["valid_perplexity"] > first["valid_perplexity"]
+    assert result["best_epoch"] == 3
+    model, _, config = load_run(folder.path)
+    measured = evaluate(model, load_run_corpus(config).valid).perplexity
+    # Another compilation of the same model.
+    np.testing.assert_allclose(measured, last["valid_perplexity"], rtol=1e-6)
+
+
+def test_best_weights_that_cannot_be_read_now_are_kept(
+    train, tmp_path, monkeypatch
+):
+    train(epochs=1)
+    best = RunFolder(tmp_path / "run").best_weights
+    before = best.read_bytes()
+    open_file = h5py.File
+
+    def refuse(path, *mode, **settings):
+        if path == best:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, *mode, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py, "File", refuse)
+        with pytest.raises(UserError, match="Permission denied"):
+            train(epochs=2, resume=True)
+    assert best.read_bytes() == before
+
+
+def test_run_that_has_ended_without_its_weights_says_how_to_go_on(
+    train, tmp_path
+):
+    train(epochs=1)
+    folder = RunFolder(tmp_path / "run")
+    folder.best_weights.unlink()
+    folder.result.unlink()
+    message = "is gone, after 1 epochs.*--resume and more --epochs"
+    with pytest.raises(UserError, match=message):
+        train(resume=True)
+    assert train(epochs=2, resume=True)["best_epoch"] == 2
+
+
+def test_vocabulary_that_is_lost_is_written_anew(train, tmp_path):
+    train(epochs=1)
+    vocabulary = RunFolder(tmp_path / "run").vocabulary
+    before = vocabulary.read_bytes()
+    vocabulary.unlink()
+    assert train(epochs=2, resume=True)["status"] == "finished"
+    assert vocabulary.read_bytes() == before
 
 
 def test_second_interrupt_ends_at_once(train, interrupt_at, monkeypatch):
@@ -935,7 +1048,9 @@ def test_a_run_without_its_config_is_not_trained_over(
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"of days")
-    with pytest.raises(UserError, match=rf"{name} is of .*config\.json is gone"):
+    with pytest.raises(
+        UserError, match=rf"{name} is of .*config\.json is gone"
+    ):
         train(epochs=1, resume=resume)
     assert path.read_bytes() == b"of days"
     assert not (tmp_path / "run" / "config.json").exists()
@@ -1270,6 +1385,9 @@ def test_text_without_a_word_to_predict_is_refused(
 def test_run_without_weights_is_told(train, tmp_path):
     train(epochs=1)
     RunFolder(tmp_path / "run").best_weights.unlink()
+    with pytest.raises(UserError, match="is gone, after 1 epochs"):
+        load_run(tmp_path / "run")
+    RunFolder(tmp_path / "run").history.unlink()
     with pytest.raises(UserError, match=r"no best\.weights\.h5 yet"):
         load_run(tmp_path / "run")
 

@@ -34,6 +34,11 @@ _SECONDS_OF_ONE_SIGNAL = 0.5
 
 _SECONDS_BETWEEN_CURVES = 10.0
 
+_WRITTEN_ANEW = (
+    "The next epoch writes it anew, better or not; a run that has ended goes "
+    "on with more --epochs."
+)
+
 
 class DivergedError(UserError):
     """The loss is no number any more.
@@ -96,9 +101,38 @@ class Keeper(keras.callbacks.Callback):
         self.asked_to_stop = False  # any of them, as all know
         self._copy: LanguageModel | None = None  # what is saved, made once
         self.kernel: str | None = None  # of the LSTM that trains
-        self.start_perplexity = folder.read_config().get(
-            "start_valid_perplexity", math.inf
-        )
+        self.best_perplexity = self.devices.from_first(self._read_best())
+
+    def _read_best(self) -> float:
+        """The validation perplexity of the best weights on the disk.
+
+        It is infinite where they cannot be used: any epoch is better.
+        """
+        if self.devices.rank:  # the first process tells the others
+            return math.inf
+        path = self.folder.best_weights
+        if not path.exists():
+            if self.history:
+                logger.warning("%s is gone. %s", path, _WRITTEN_ANEW)
+            return math.inf
+        try:
+            self.folder.check_best_weights()
+            best = self.folder.describe_best_weights()
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None):
+                raise  # the system refuses it now; it may be whole
+            logger.warning("%s. %s", str(error).rstrip("."), _WRITTEN_ANEW)
+            return math.inf
+        if best["epoch"] > len(self.history):
+            logger.warning(
+                "%s is of epoch %d (validation perplexity %.2f), of which the "
+                "checkpoint does not know; it is kept until an epoch is "
+                "better.",
+                path,
+                best["epoch"],
+                best["valid_perplexity"],
+            )
+        return best["valid_perplexity"]
 
     def begin_epoch(self, batches: Any) -> None:
         """Tells what the next epoch is of; all of it, also if it goes on."""
@@ -179,14 +213,13 @@ class Keeper(keras.callbacks.Callback):
         self.kernel = self.kernel or last_kernel()  # not that of validation
         if self.num_batches < self.steps_per_epoch:  # asked to stop
             self._save_checkpoint()
-            if not self.folder.best_weights.exists():
+            if math.isinf(self.best_perplexity):
                 self._save_best(0, math.inf)
             return
         seconds = time.perf_counter() - self._began
         num_tokens = self.num_batches * self.tokens_per_step
         optimizer = self.model.optimizer
         rate = _number(optimizer.learning_rate)
-        best = min([self.start_perplexity, *self.valid_perplexities])
         powers = optimizer.averaging_powers
         of_each = []
         for place in range(len(powers) if optimizer.has_averages else 1):
@@ -197,7 +230,7 @@ class Keeper(keras.callbacks.Callback):
         valid = min(of_each)
         place = of_each.index(valid)
         self.folder.wait_for_checkpoint()  # none is two epochs behind
-        if valid < best:
+        if valid < self.best_perplexity:
             with optimizer.averaged_weights(place):
                 self._save_best(epoch + 1, valid)
         row = {
@@ -279,6 +312,7 @@ class Keeper(keras.callbacks.Callback):
             else:
                 self._copy.set_weights(self.model.get_weights())
             self.folder.save_best_weights(self._copy, epoch, valid_perplexity)
+        self.best_perplexity = valid_perplexity
 
     def _evaluate(self) -> float:
         reader = self.evaluator.model
@@ -294,12 +328,7 @@ class Keeper(keras.callbacks.Callback):
         They are its best until an epoch is better.
         """
         self.set_model(model)
-        self.start_perplexity = self._evaluate()
-        self._save_best(0, self.start_perplexity)
-        self.folder.update_config(
-            self.folder.read_config()
-            | {"start_valid_perplexity": self.start_perplexity}
-        )
+        self._save_best(0, self._evaluate())
 
     def _stop_diverged(self, place: str, value: float) -> None:
         try:

@@ -37,9 +37,11 @@ def run_train(options: Train, console: Console) -> dict[str, Any]:
     data = arguments.pop("data")
     result = train(**arguments, data_folder=data)
     if result["status"] == "finished":
+        epoch = result["best_epoch"]
+        which = "an epoch that was lost" if epoch is None else f"epoch {epoch}"
         console.print(
             f"test perplexity {result['test_perplexity']:.2f} (valid "
-            f"{result['valid_perplexity']:.2f}, epoch {result['best_epoch']}; "
+            f"{result['valid_perplexity']:.2f}, {which}; "
             f"unigram {result['test_unigram_perplexity']:.1f}), "
             f"{_speed(result)} on {result['device']}, in {result['run']}"
         )

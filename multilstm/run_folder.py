@@ -428,12 +428,11 @@ class RunFolder:
         about: dict[str, float] = read_or_explain(self.best_weights, read)
         return about
 
-    def load_best_weights(self, model: Any) -> None:
-        """Reads what `save_best_weights` wrote, into a model that is built.
+    def check_best_weights(self) -> None:
+        """Reads all of what `save_best_weights` wrote.
 
         Raises:
-            UserError: If the file is broken, links to others, or holds other
-                weights than this model has.
+            UserError: If the file is broken, or links to others.
         """
         path = self.best_weights
 
@@ -446,6 +445,16 @@ class RunFolder:
                     raise ValueError("its checksum is not that of its content")
 
         read_or_explain(path, check)
+
+    def load_best_weights(self, model: Any) -> None:
+        """Reads what `save_best_weights` wrote, into a model that is built.
+
+        Raises:
+            UserError: If the file is broken, links to others, or holds other
+                weights than this model has.
+        """
+        path = self.best_weights
+        self.check_best_weights()
         try:
             model.load_weights(path)
         except (OSError, ValueError, KeyError) as error:

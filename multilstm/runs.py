@@ -64,6 +64,13 @@ def load_run(
     folder = RunFolder(path)
     config = DEFAULTS | folder.read_config()
     if not folder.best_weights.exists():
+        epochs = folder.num_epochs_told()
+        if epochs:
+            raise UserError(
+                f"{folder.best_weights} is needed and is gone, after {epochs} "
+                "epochs. Put it back, or train on with --resume and more "
+                "--epochs, which writes it anew."
+            )
         raise UserError(
             f"{folder.path} has no {folder.best_weights.name} yet: no epoch "
             "was completed. Train it on with --resume."

@@ -56,7 +56,12 @@ from multilstm.optimizers import make_optimizer
 from multilstm.presets import Preset, find_preset, preset_of
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
-from multilstm.run_folder import RESULT_SCHEMA, Progress, RunFolder
+from multilstm.run_folder import (
+    RESULT_SCHEMA,
+    History,
+    Progress,
+    RunFolder,
+)
 from multilstm.runs import (
     DEFAULTS,
     corpus_name,
@@ -337,6 +342,8 @@ def _train_held(
         else:
             _check_nothing_is_lost(folder)
         folder.update_config(config)
+        if not folder.vocabulary.exists() and not devices.rank:
+            data.vocabulary.save(folder.vocabulary)  # the text is the same
     else:
         folder.create(config, data.vocabulary)
         devices.total(0)  # the others wait for it
@@ -708,6 +715,21 @@ def _tell_again(
     return result
 
 
+def _epoch_of(best: dict[str, float], history: History) -> float | None:
+    """The epoch that the best weights are of, if the history has it.
+
+    It has not where a checkpoint was lost, and the epochs after the one
+    before it went worse when they were trained again.
+    """
+    if not best:
+        return None
+    epoch = best["epoch"]
+    if epoch == 0:  # of the run that it began with
+        return epoch
+    told = {row["epoch"]: row["valid_perplexity"] for row in history}
+    return epoch if told.get(epoch) == best["valid_perplexity"] else None
+
+
 def _finish(
     model: LanguageModel,
     settings: dict[str, Any],
@@ -715,9 +737,9 @@ def _finish(
     speed: dict[str, Any],
 ) -> dict[str, Any]:
     folder, data, history = keeper.folder, keeper.data, keeper.history
-    best = folder.describe_best_weights()
-    if math.isinf(best.get("valid_perplexity", math.inf)):
-        best = {}  # stopped in its first epoch, or before
+    # There are none where it was stopped in its first epoch, or before.
+    has_best = math.isfinite(keeper.best_perplexity)
+    best = folder.describe_best_weights() if has_best else {}
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",
@@ -743,7 +765,7 @@ def _finish(
         "epochs": len(history),
         "epochs_planned": keeper.plan.epochs,
         "is_out_of_time": keeper.out_of_time and not keeper.has_ended,
-        "best_epoch": best["epoch"] if best else None,
+        "best_epoch": _epoch_of(best, history),
         "valid_perplexity": best["valid_perplexity"] if best else None,
         "test_perplexity": None,
         "test_unigram_perplexity": data.unigram_perplexity("test"),
