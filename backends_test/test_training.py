@@ -293,10 +293,13 @@ def test_nothing_is_printed_without_progress(train, capfd):
     assert captured.err == ""
 
 
-def test_training_stops_where_a_perplexity_is_reached(train):
+def test_training_stops_where_a_perplexity_is_reached(train, caplog):
     first = train(epochs=1)["history"][0]["valid_perplexity"]
     result = train(epochs=9, until_perplexity=first, resume=True)
     assert (result["status"], result["epochs"]) == ("finished", 1)
+    [told] = caplog.messages
+    assert "has ended after 1 of 9 epochs, by --until-perplexity" in told
+    assert "Go on with a lower one." in told
     longer = train(epochs=9, until_perplexity=first - 0.01, resume=True)
     history = [row["valid_perplexity"] for row in longer["history"]]
     assert history[-1] < first
@@ -331,7 +334,7 @@ def test_minutes_are_checked(minutes, train):
         train(minutes=minutes)
 
 
-def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
+def test_training_stops_when_patience_is_at_its_end(train, monkeypatch, caplog):
     rates = dict.fromkeys(range(9), 0.0) | {0: 0.01}
     monkeypatch.setattr(
         type(PRESETS["tiny"]), "learning_rate_of", lambda self, e, *_: rates[e]
@@ -342,7 +345,10 @@ def test_training_stops_when_patience_is_at_its_end(train, monkeypatch):
     assert result["status"] == "finished"
     # It has ended: it does not train one epoch more each time.
     assert train(epochs=9, patience=2, resume=True) == result
+    assert "3 of 9 epochs, by --patience 2. Go on with a higher" in caplog.text
+    caplog.clear()
     longer = train(patience=3, resume=True)
+    assert not caplog.messages
     assert [row["epoch"] for row in longer["history"]] == [1, 2, 3, 4]
 
 
@@ -1233,7 +1239,7 @@ def test_averaging_begins_where_the_validation_is_not_monotone(
 
 
 def test_training_may_end_where_the_validation_is_not_monotone(
-    train, monkeypatch
+    train, monkeypatch, caplog
 ):
     preset = replace(PRESETS["tiny_awd"], stops_non_monotone=True)
     monkeypatch.setitem(PRESETS, "tiny_awd", preset)
@@ -1243,6 +1249,9 @@ def test_training_may_end_where_the_validation_is_not_monotone(
     assert len(valid) < 30
     assert preset.is_non_monotone(valid)
     assert not preset.is_non_monotone(valid[:-1])
+    again = train(preset="tiny_awd", epochs=31, resume=True)
+    assert again["history"] == result["history"]
+    assert "of 31 epochs, by the rule of tiny_awd" in caplog.text
 
 
 def test_run_begins_with_the_best_weights_of_another(

@@ -148,19 +148,33 @@ class Keeper(keras.callbacks.Callback):
     @property
     def has_ended(self) -> bool:
         """Whether epochs, patience or what was to be reached are at an end."""
-        if len(self.history) >= self.plan.epochs:
-            return True
+        return len(self.history) >= self.plan.epochs or bool(self.early_end)
+
+    @property
+    def early_end(self) -> str:
+        """What ends the run before its last epoch, and how to go on.
+
+        Empty where nothing does.
+        """
         if not self.history:
-            return False
+            return ""
         is_non_monotone = self.plan.is_non_monotone(self.valid_perplexities)
         if self.plan.stops_non_monotone and is_non_monotone:
-            return True
+            return (
+                f"the rule of {self.plan.name}, which stops where validation "
+                "is not monotone. Go on in another folder with --starts-from"
+            )
         best = best_epoch(self.history)
         wanted = self.until_perplexity
         if wanted is not None and best["valid_perplexity"] <= wanted:
-            return True
+            return (
+                f"--until-perplexity {wanted:g}, which was reached. Go on with "
+                "a lower one"
+            )
         since_best = len(self.history) - best["epoch"]
-        return self.patience is not None and since_best >= self.patience
+        if self.patience is not None and since_best >= self.patience:
+            return f"--patience {self.patience}. Go on with a higher one"
+        return ""
 
     @property
     def is_to_stop(self) -> bool:

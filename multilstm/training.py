@@ -370,6 +370,14 @@ def _train_held(
             "The loss and perplexity of training are estimates, from a sample "
             "of the words; those of valid and test are exact."
         )
+    if keeper.early_end and len(begun.history) < plan.epochs:
+        logger.warning(
+            "%s has ended after %d of %d epochs, by %s.",
+            folder.path,
+            len(begun.history),
+            plan.epochs,
+            keeper.early_end,
+        )
     if keeper.has_ended and folder.result.exists():
         earlier = read_json(folder.result, schema=RESULT_SCHEMA)
         if (earlier["status"], earlier["epochs"]) == (
