@@ -756,6 +756,11 @@ def test_ids_are_mapped_from_the_disk_and_read_only(write):
                 ids[0] = 1
 
 
+def swap_words(path):
+    words = path.read_text()
+    path.write_text(words.replace("cat", "cow"))
+
+
 def make_folder(path):
     path.unlink()
     path.mkdir()
@@ -773,6 +778,12 @@ def make_folder(path):
         ("test.npy", lambda path: np.save(path, np.zeros((2, 2), np.int32))),
         ("vocabulary.json", Path.unlink),
         ("vocabulary.json", lambda path: path.write_text("{")),
+        ("valid.npy", lambda path: np.save(path, np.int32([2, 3, 0]))),
+        ("train.npy", lambda path: np.save(path, np.int32([2, 4, 0]))),
+        ("test.npy", lambda path: np.save(path, np.int32([1, 3, 0, 99]))),
+        ("vocabulary.json", swap_words),
+        ("checksums.json", Path.unlink),
+        ("checksums.json", lambda path: path.write_text("{}")),
     ],
     ids=[
         "missing ids",
@@ -784,6 +795,12 @@ def make_folder(path):
         "table of ids",
         "missing vocabulary",
         "broken vocabulary",
+        "another id",
+        "fewer ids",
+        "id of no word",
+        "other words",
+        "missing checksums",
+        "broken checksums",
     ],
 )
 def test_a_broken_cache_is_encoded_anew_with_one_warning(
@@ -792,7 +809,9 @@ def test_a_broken_cache_is_encoded_anew_with_one_warning(
     folder = write()
     load_corpus(folder)
     damage(cached(own_cache) / name)
-    assert ids_of(load_corpus(folder)) == IDS
+    data = load_corpus(folder)
+    assert ids_of(data) == IDS
+    assert data.vocabulary.words == ("<eos>", "sat", "the", "cat", "dog")
     (record,) = caplog.records
     assert "Encoding story anew, the cache is bad: " in record.getMessage()
     assert name in record.getMessage()

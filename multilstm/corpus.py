@@ -6,6 +6,8 @@
 The cache lies in the user's cache folder (`MULTILSTM_CACHE` names another),
 under the sha256 of the three texts: a changed text is encoded anew, the same
 text never twice. Text is streamed, so a corpus may be larger than memory.
+Each file has its CRC-32 in `checksums.json`, looked at whenever it is read:
+that takes less time than the sha256 of the text, which is taken then too.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import pydoc_data.topics
 import re
 import shutil
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
-from multilstm.files import cache_folder, read_or_explain, unreadable
+from multilstm.files import (
+    cache_folder,
+    read_json,
+    read_or_explain,
+    unreadable,
+    write_json,
+)
 from multilstm.vocabulary import (
     END_OF_SENTENCE,
     UnknownWords,
@@ -39,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 NAMES = ("python-docs", "ptb")
-SCHEMA = "multilstm-encoded-corpus-2"
+SCHEMA = "multilstm-encoded-corpus-3"
 
 PTB_SHA256 = {
     "ptb.train.txt": (
@@ -62,6 +71,8 @@ _CHUNK = 1 << 20  # characters read at once
 _LARGEST_DOWNLOAD = 8 << 20  # bytes; the largest file has 5.1 million
 _THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 _LONGEST_WORD = 1 << 20  # characters; more is no text
+_ENCODED = ("vocabulary.json", *(f"{split}.npy" for split in SPLITS))
+_CHECKSUMS = "checksums.json"
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -528,6 +539,8 @@ def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
 
     try:
         encode(on_disk).save(temporary / "vocabulary.json")
+        checksums = {name: _crc32(temporary / name) for name in _ENCODED}
+        write_json(temporary / _CHECKSUMS, {"schema": SCHEMA} | checksums)
         try:
             temporary.rename(folder)
         except OSError:
@@ -537,7 +550,28 @@ def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _crc32(path: Path) -> int:
+    """Finds damage to the disk; it is no guard against malice."""
+
+    def read() -> int:
+        crc32 = 0
+        with path.open("rb") as file:
+            while part := file.read(_CHUNK):
+                crc32 = zlib.crc32(part, crc32)
+        return crc32
+
+    number: int = read_or_explain(path, read)
+    return number
+
+
 def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
+    checksums = read_json(folder / _CHECKSUMS, schema=SCHEMA)
+    for file in _ENCODED:
+        if checksums.get(file) != _crc32(folder / file):
+            raise UserError(
+                f"{folder / file} must be what was written; its checksum is "
+                "not that of its content."
+            )
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     arrays = {}
     for split in SPLITS:
@@ -546,10 +580,5 @@ def _read_cache(name: str, folder: Path, sha256: dict[str, str]) -> Corpus:
             path,
             partial(np.load, path, mmap_mode="r", allow_pickle=False),
         )
-        if ids.dtype != np.int32 or ids.ndim != 1:
-            raise UserError(
-                f"{path} must hold an int32 array of shape (num_tokens,); it "
-                f"holds {ids.dtype} of shape {ids.shape}."
-            )
         arrays[split] = np.asarray(ids)
     return Corpus(name, vocabulary, **arrays, sha256=sha256)
