@@ -895,6 +895,36 @@ def test_result_is_made_where_only_that_was_missing(train, tmp_path):
     assert again["test_perplexity"] == expected["test_perplexity"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"schema": "multilstm-result-1"}', "lacks backend, best_epoch"),
+        ('{"schema": "multilstm-result-0"}', "must have the schema"),
+    ],
+    ids=["torn", "incomplete", "another"],
+)
+def test_result_that_is_damaged_is_made_anew(
+    content, message, train, tmp_path, caplog
+):
+    expected = train(epochs=2)
+    folder = RunFolder(tmp_path / "run")
+    folder.result.write_text(content)
+    again = train(resume=True)
+    assert again["test_perplexity"] == expected["test_perplexity"]
+    assert json.loads(folder.result.read_text()) == again
+    [told] = caplog.messages
+    assert re.search(rf"result\.json .*{message}.* It is made anew\.", told)
+    # And where the checkpoint is gone, the other files tell of two epochs.
+    folder.result.write_text(content)
+    shutil.rmtree(folder.checkpoint.parent)
+    with pytest.raises(UserError, match="which is gone"):
+        train(epochs=3, resume=True)
+    folder.best_weights.unlink()
+    folder.history.unlink()
+    assert train(epochs=1, resume=True)["epochs"] == 1
+
+
 def test_result_is_of_the_options_that_the_run_has_now(train, tmp_path):
     """Which end a run that had no more time."""
     first = train(epochs=3, minutes=1e-6)
@@ -1063,13 +1093,26 @@ def test_a_run_without_its_config_is_not_trained_over(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("preset", "tiny_windows"), ("seed", 4), ("batch_size", 4)],
+    ("name", "before", "value"),
+    [
+        ("preset", "tiny", "tiny_windows"),
+        ("seed", 0, 4),
+        ("batch_size", 3, 4),
+    ],
 )
-def test_run_goes_on_with_its_own_settings_alone(name, value, train):
+def test_run_goes_on_with_its_own_settings_alone(name, before, value, train):
     train(epochs=1)
-    with pytest.raises(UserError, match=f"started with {name}=.*{value!r}"):
+    message = f"started with {name}={before!r}; received {value!r}"
+    with pytest.raises(UserError, match=message):
         train(resume=True, **{name: value})
+
+
+def test_run_goes_on_where_it_is_told_what_its_preset_says(train, whole):
+    expected, _ = whole()
+    train(epochs=1)
+    sizes = {"batch_size": 3, "sequence_length": 5}
+    parts = train(epochs=3, resume=True, gradient_accumulation_steps=1, **sizes)
+    np.testing.assert_allclose(figures(parts), expected, **SAME)
 
 
 def test_run_goes_on_where_its_corpus_was_moved(
@@ -1346,6 +1389,14 @@ def test_accumulated_steps_are_fewer(train, monkeypatch):
     # Adam's first steps are as long as the rate, each.
     assert moved[0] == pytest.approx(0.09, rel=0.2)
     assert moved[1] == pytest.approx(0.03, rel=0.01)
+
+
+def test_accumulation_that_never_makes_a_step_is_refused(train, tmp_path):
+    few = {"train_tokens": 31, "batch_size": 2}  # three batches
+    with pytest.raises(UserError, match="which are 3; received 4"):
+        train(**few, gradient_accumulation_steps=4)
+    assert not (tmp_path / "run").exists()
+    train(**few, gradient_accumulation_steps=3)
 
 
 def test_lengths_and_accumulation_do_not_go_together(train):

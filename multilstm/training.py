@@ -86,6 +86,13 @@ _CHANGEABLE = (
     *("checkpoint_minutes", "corpus", "halved_from"),
 )
 
+# What a result must have, to stand for a run that is not trained again.
+_TOLD_AGAIN = {
+    *("status", "epochs", "device", "backend", "history", "best_epoch"),
+    *("valid_perplexity", "test_perplexity", "test_unigram_perplexity"),
+    "tokens_per_second",
+}
+
 
 def train(
     preset: str | None = None,
@@ -271,7 +278,8 @@ def _train(
     data = load_corpus_of(settings, data_folder)
     _check_splits(data)
     # If it can be, and the rows be shared.
-    cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
+    batches = cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
+    _check_makes_a_step(plan, batches)
     part_of_rows(plan.batch_size, folder.devices.count)
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
@@ -378,8 +386,8 @@ def _train_held(
             plan.epochs,
             keeper.early_end,
         )
-    if keeper.has_ended and folder.result.exists():
-        earlier = read_json(folder.result, schema=RESULT_SCHEMA)
+    if keeper.has_ended:
+        earlier = _read_result(folder)
         if (earlier["status"], earlier["epochs"]) == (
             "finished",
             len(begun.history),
@@ -445,11 +453,14 @@ def _settings_to_resume(
             asked,
         )
     for name, value in given.items():
+        before = settings[name]
+        if before is None:  # the preset's, where it has such a value
+            before = getattr(preset, name, None)
         if name in _CHANGEABLE:
             settings[name] = value
-        elif settings[name] != value:
+        elif before != value:
             raise UserError(
-                f"{folder.path} was started with {name}={settings[name]!r}; "
+                f"{folder.path} was started with {name}={before!r}; "
                 f"received {value!r}. Resume without it, or start another "
                 "run with --out."
             )
@@ -517,6 +528,15 @@ def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
             "has a rate for each. Leave --gradient-accumulation-steps out."
         )
     return plan
+
+
+def _check_makes_a_step(plan: Preset, batches: Any) -> None:
+    if plan.gradient_accumulation_steps > len(batches):
+        raise UserError(
+            "--gradient-accumulation-steps must be at most the batches of an "
+            f"epoch, which are {len(batches)}; received "
+            f"{plan.gradient_accumulation_steps}. Lower it, or give more text."
+        )
 
 
 def _check_splits(data: Corpus) -> None:
@@ -607,17 +627,29 @@ def _check_nothing_is_lost(folder: RunFolder) -> None:
     """Of a run without a checkpoint, which is about to begin anew."""
     # One may have been killed between its first weights and checkpoint, but
     # before a second epoch the first one's checkpoint is waited for.
-    is_lost = folder.num_epochs_told() > 1
-    if folder.result.exists():
-        result = read_json(folder.result, schema=RESULT_SCHEMA)
-        is_lost |= result["epochs"] > 0
-    if is_lost:
+    if folder.num_epochs_told() > 1 or _read_result(folder)["epochs"]:
         raise UserError(
             f"A run goes on from its {folder.checkpoint}, which is gone; it "
             "would begin anew and its best weights be overwritten. Put the "
             "checkpoint back, or train in another folder (--out), with "
             f"--starts-from {folder.path} from these weights."
         )
+
+
+def _read_result(folder: RunFolder) -> dict[str, Any]:
+    """The figures of a run that has ended before, or that of none."""
+    none = {"status": "missing", "epochs": 0}
+    if not folder.result.exists():
+        return none
+    try:
+        result = read_json(folder.result, schema=RESULT_SCHEMA)
+        missing = sorted(_TOLD_AGAIN - result.keys())
+        if missing:
+            raise UserError(f"{folder.result} lacks {', '.join(missing)}.")
+    except UserError as error:
+        logger.warning("%s It is made anew.", error)
+        return none
+    return result
 
 
 # Training ------------------------------------------------------------------
