@@ -1,6 +1,7 @@
 """Text to ids: by hand, by a naive reader, from mirrors and from the cache."""
 
 import codecs
+import errno
 import functools
 import hashlib
 import http.server
@@ -162,6 +163,30 @@ def test_a_long_word_is_a_word(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_LONGEST_WORD", 10)
     (tmp_path / "text").write_text("a internally")
     assert list(read_words(tmp_path / "text")) == ["a", "internally", "<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [("utf-16-le", "utf-16"), ("utf-16-be", "utf-16"), ("latin-1", "latin1")],
+)
+def test_the_encoding_of_a_text_is_that_which_is_told(encoding, told, write):
+    mark = "\ufeff" if told == "utf-16" else ""
+    folder = write(train=f"{mark}café\n".encode(encoding))
+    with pytest.raises(UserError, match=f"iconv -f {told} -t utf-8"):
+        load_corpus(folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_called_empty(write, monkeypatch):
+    """As one without the permission to read it, which root always has."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    folder = write()
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"be read; .* Permission denied"):
+        load_corpus(folder)
 
 
 def test_a_missing_text_is_named(tmp_path):

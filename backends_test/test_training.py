@@ -1121,8 +1121,13 @@ def test_run_goes_on_where_its_corpus_was_moved(
     expected, _ = whole()
     train(epochs=1)
     moved = corpus_folder.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="no folder"):
-        train(epochs=3, resume=True)
+    message = f"trained on the corpus in {corpus_folder}, which .* --corpus"
+    with pytest.raises(UserError, match=message):
+        train(corpus=None, resume=True)
+    with pytest.raises(UserError, match="which is no folder"):
+        train(resume=True)
+    with pytest.raises(UserError, match=message):
+        load_run_corpus(load_run(tmp_path / "run")[2])
     result = train(corpus=moved, epochs=3, resume=True)
     assert result["corpus"] == "moved"
     np.testing.assert_allclose(figures(result), expected, **SAME)

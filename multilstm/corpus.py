@@ -10,6 +10,7 @@ Each file has its CRC-32 in `checksums.json`, looked at whenever it is read:
 that takes less time than the sha256 of the text, which is taken then too.
 """
 
+import codecs
 import hashlib
 import logging
 import os
@@ -68,6 +69,7 @@ PTB_MIRRORS = (
 )
 
 _CHUNK = 1 << 20  # characters read at once
+_MARKS_OF_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LARGEST_DOWNLOAD = 8 << 20  # bytes; the largest file has 5.1 million
 _THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 _LONGEST_WORD = 1 << 20  # characters; more is no text
@@ -232,10 +234,12 @@ class _TextFile:
         except OSError as error:
             raise unreadable(self.path, error) from error
         except UnicodeDecodeError as error:
+            is_utf_16 = error.object[:2] in _MARKS_OF_UTF_16
+            encoding = "utf-16" if is_utf_16 else "latin1"
             raise UserError(
                 f"{self.path} must be UTF-8 text; it has the byte "
                 f"0x{error.object[error.start]:02x}, which is not. Convert "
-                "it, for instance with: iconv -f latin1 -t utf-8"
+                f"it, for instance with: iconv -f {encoding} -t utf-8"
             ) from error
         except _NotTextError as error:
             raise UserError(
@@ -304,13 +308,21 @@ def _folder_texts(folder: Path) -> dict[str, _TextFile]:
             f"A corpus is {', '.join(NAMES)} or a folder with train, valid "
             f"and test text; received {str(folder)!r}, which is no folder."
         )
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UserError(
+            f"{folder} must be a folder that can be read; the system says: "
+            f"{error.strerror}. Mend its permissions."
+        ) from error
     texts: dict[str, _TextFile] = {}
     for split in SPLITS:
-        found = sorted(p for p in folder.glob(f"*{split}*.txt") if p.is_file())
+        pattern = f"*{split}*.txt"
+        found = [path for path in files if path.match(pattern)]
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "none"
             raise UserError(
-                f"{folder} must hold exactly one *{split}*.txt; it holds "
+                f"{folder} must hold exactly one {pattern}; it holds "
                 f"{names}. Add, rename or move files so that one matches."
             )
         for other, text in texts.items():

@@ -117,14 +117,27 @@ def load_run_corpus(
     """
     if corpus is not None:
         config = config | {"corpus": corpus_name(corpus)}
+    else:
+        check_corpus_is_there(config)
     data = load_corpus_of(config, data_folder)
     if data.sha256 != config.get("corpus_sha256"):
         raise UserError(
             f"The run was trained on a corpus {data.name!r} with another "
-            "text (its checksums differ). Give it the same files; "
-            "python-docs changes with the version of Python."
+            "text (its checksums differ). Give it the same files, with "
+            "--corpus if they have moved; python-docs changes with the "
+            "version of Python."
         )
     return data
+
+
+def check_corpus_is_there(config: dict[str, Any]) -> None:
+    """Tells of a run's corpus folder that has moved how to go on."""
+    corpus = config["corpus"]
+    if corpus not in NAMES and not Path(corpus).is_dir():
+        raise UserError(
+            f"The run was trained on the corpus in {corpus}, which is no "
+            "folder now. Give the folder where the same text is with --corpus."
+        )
 
 
 def weights_sha256(model: Any) -> str:

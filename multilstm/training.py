@@ -64,6 +64,7 @@ from multilstm.run_folder import (
 )
 from multilstm.runs import (
     DEFAULTS,
+    check_corpus_is_there,
     corpus_name,
     describe_environment,
     describe_protocol,
@@ -270,6 +271,8 @@ def _train(
     resuming = resume and bool(exists)
     if resuming:
         settings, plan = _read_plan(folder, given)
+        if "corpus" not in given:
+            check_corpus_is_there(settings)
     else:
         settings = DEFAULTS | given
         plan = _plan(settings, find_preset(settings["preset"]))
@@ -619,7 +622,8 @@ def _check_same_text(folder: RunFolder, data: Corpus) -> None:
     if data.sha256 != config.get("corpus_sha256"):
         raise UserError(
             f"{folder.path} was started on another text of {data.name} (its "
-            "checksums differ). Resume with the same files."
+            "checksums differ). Resume with the same files, with --corpus if "
+            "they have moved."
         )
 
 
