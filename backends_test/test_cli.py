@@ -117,6 +117,18 @@ def test_train_says_how_to_go_on_after_an_interrupt(
     assert record(lines)["epochs"] == 3
 
 
+def test_command_to_go_on_has_what_the_run_does_not_remember():
+    from multilstm.model_commands import command_to_go_on
+    from multilstm.options import Train
+
+    options = Train(retries=2, devices=4, data=Path("texts"), epochs=9)
+    told = command_to_go_on(options, {"run": "a", "backend": BACKEND})
+    assert told == (
+        f"multilstm train --out a --resume --backend {BACKEND} "
+        "--data texts --devices 4 --retries 2"
+    )
+
+
 @pytest.mark.parametrize("name", ["b[/b]", "[a=1]", "[bold]", ":smile:"])
 def test_names_are_printed_as_they_are(
     name, command, tiny, corpus_folder, tmp_path

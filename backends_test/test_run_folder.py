@@ -9,6 +9,7 @@ import sys
 import threading
 import zipfile
 
+import filelock
 import h5py
 import keras
 import numpy as np
@@ -503,6 +504,29 @@ def test_folder_is_held_by_one(folder):
         pass
 
 
+def test_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = "must be a folder that can be written to; .*File exists.*--out"
+    with (
+        pytest.raises(UserError, match=message),
+        RunFolder(tmp_path / "file").held(),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folder_that_may_not_be_written_to_is_one_line(folder, monkeypatch):
+    """As one without the permission, which root always has."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    message = "can be written to; .*Permission denied.*--out"
+    with pytest.raises(UserError, match=message), folder.held():
+        pass
+
+
 def test_config_comes_back_and_is_not_written_over(folder):
     folder.create({"seed": 3}, Vocabulary(["a", "b"]))
     assert folder.read_config() == {"schema": "multilstm-run-1", "seed": 3}
@@ -589,6 +613,19 @@ def test_name_with_dollars_is_no_mathematics(tmp_path):
     assert folder.curves.stat().st_size > 1000
 
 
+def test_curves_of_any_name_have_a_legend():
+    figure = draw_curves({"_a": HISTORY})
+    shown = figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in shown] == ["train, _a", "valid, _a"]
+
+
+def test_name_that_the_font_has_not_is_drawn_without_a_warning(tmp_path):
+    folder = RunFolder(tmp_path / "\N{HIRAGANA LETTER A}")
+    folder.path.mkdir()
+    folder.write_curves(HISTORY)  # a warning would be an error here
+    assert folder.curves.stat().st_size > 1000
+
+
 def test_curves_show_the_figures_of_each_run():
     figure = draw_curves({"a": HISTORY, "b": HISTORY[:1]})
     lines = {
@@ -597,10 +634,10 @@ def test_curves_show_the_figures_of_each_run():
     }
     shown = {name: (list(x), list(y)) for name, (x, y) in lines.items()}
     assert shown == {
-        "a, train": ([1, 2], [300.0, 150.0]),
-        "a, valid": ([1, 2], [200.0, 160.5]),
-        "b, train": ([1], [300.0]),
-        "b, valid": ([1], [200.0]),
+        "train, a": ([1, 2], [300.0, 150.0]),
+        "valid, a": ([1, 2], [200.0, 160.5]),
+        "train, b": ([1], [300.0]),
+        "valid, b": ([1], [200.0]),
     }
     image = io.BytesIO()
     figure.savefig(image, format="png")

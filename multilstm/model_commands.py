@@ -205,8 +205,10 @@ def run_generate(options: Generate, console: Console) -> dict[str, Any]:
 def command_to_go_on(options: Train, record: dict[str, Any]) -> str:
     command = ["multilstm", "train", "--out", record["run"], "--resume"]
     command += ["--backend", record["backend"]]
-    if options.data is not None:
-        command += ["--data", str(options.data)]
+    for name in ("data", "devices", "retries"):  # what no config.json has
+        value = getattr(options, name)
+        if value:
+            command += [f"--{name}", str(value)]
     return shlex.join(command)
 
 

@@ -25,11 +25,12 @@ import socket
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import filelock
 import h5py
@@ -111,35 +112,39 @@ class RunFolder:
         The lock is the system's, which opens it when a process dies.
 
         Raises:
-            UserError: If another process trains here. It is named.
+            UserError: If another process trains here, which is named, or
+                the system does not let this one.
         """
         if self.devices.rank:  # the first process holds it for all
             yield
             return
         is_new = not self.path.exists()
+        with self._locked():
+            status = self.path.stat()
+            self._identity = (status.st_dev, status.st_ino)
+            # Not of `adapted`, which is written without being held.
+            others = (self.path, self.adapted)
+            for path in vars(self).values():
+                if isinstance(path, Path) and path not in others:
+                    remove_leftovers(path)
+            now = datetime.now().astimezone().isoformat(" ", "seconds")
+            who = f"process {os.getpid()} on {socket.gethostname()}"
+            write_text(self.holder, f"{who}, since {now}")
+            try:
+                yield
+            finally:
+                self._identity = None
+                self.holder.unlink(missing_ok=True)
+                if is_new and not self.config.exists():
+                    self.lock.unlink(missing_ok=True)
+                    with suppress(OSError):  # gone or not empty
+                        self.path.rmdir()
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        """Makes the folder and takes its lock, or says why that cannot be."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.lock, timeout=0)
-            with lock:
-                status = self.path.stat()
-                self._identity = (status.st_dev, status.st_ino)
-                # Not of `adapted`, which is written without being held.
-                others = (self.path, self.adapted)
-                for path in vars(self).values():
-                    if isinstance(path, Path) and path not in others:
-                        remove_leftovers(path)
-                now = datetime.now().astimezone().isoformat(" ", "seconds")
-                who = f"process {os.getpid()} on {socket.gethostname()}"
-                write_text(self.holder, f"{who}, since {now}")
-                try:
-                    yield
-                finally:
-                    self._identity = None
-                    self.holder.unlink(missing_ok=True)
-                    if is_new and not self.config.exists():
-                        self.lock.unlink(missing_ok=True)
-                        with suppress(OSError):  # gone or not empty
-                            self.path.rmdir()
+            return filelock.FileLock(self.lock, timeout=0).acquire()
         except filelock.Timeout as error:
             who = "another process"
             with suppress(OSError):  # it may just have ended
@@ -147,6 +152,12 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is being trained by {who}. Wait for its end, "
                 "stop it, or choose another folder with --out."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.path} must be a folder that can be written to; the "
+                f"system says: {error.strerror or error}. Choose another with "
+                "--out, or mend its permissions."
             ) from error
 
     @contextmanager
@@ -259,7 +270,9 @@ class RunFolder:
         """Draws the curves of a history."""
         if self.devices.rank:
             return
-        with self.replacing(self.curves) as temporary:
+        with self.replacing(self.curves) as temporary, catch_warnings():
+            # A letter that the font has not is drawn as a box.
+            filterwarnings("ignore", "Glyph", UserWarning)
             # Of a dollar Matplotlib would make mathematics.
             name = self.path.name.replace("$", r"\$")
             draw_curves({name: history}).savefig(temporary, dpi=120)
@@ -521,7 +534,8 @@ def draw_curves(histories: dict[str, History]) -> Figure:
                 style,
                 color=f"C{number}",
                 marker=".",
-                label=f"{name}, {split}",
+                # Matplotlib hides a label that begins with an underscore.
+                label=f"{split}, {name}",
             )
     axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
