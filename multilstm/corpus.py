@@ -551,8 +551,7 @@ def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
 
     try:
         encode(on_disk).save(temporary / "vocabulary.json")
-        checksums = {name: _crc32(temporary / name) for name in _ENCODED}
-        write_json(temporary / _CHECKSUMS, {"schema": SCHEMA} | checksums)
+        _write_checksums(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -560,6 +559,11 @@ def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_checksums(folder: Path) -> None:
+    checksums = {name: _crc32(folder / name) for name in _ENCODED}
+    write_json(folder / _CHECKSUMS, {"schema": SCHEMA} | checksums)
 
 
 def _crc32(path: Path) -> int:
