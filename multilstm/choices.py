@@ -2,9 +2,8 @@
 
 A choice holds for a device and its driver, the versions of what was timed, a
 dtype and a class of shapes: sizes rounded to powers of two, and whether the
-embeddings are tied. Each is a JSON
-file of its own in the user's cache folder, written whole or not at all, so
-that two that choose at once do no harm.
+embeddings are tied. Each is a JSON file of its own in the user's cache folder,
+written whole or not at all, so that two that choose at once do no harm.
 """
 
 import math
