@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -485,6 +486,18 @@ def test_what_a_process_started_ends_with_it(tmp_path):
         worker.ask("start", precision="float32")
     worker.close()  # without waiting for the child to end by itself
     assert not log.exists()
+
+
+def test_process_ends_where_nobody_is_left_to_answer():
+    """Whoever asked may have been killed, and can end it no more."""
+    code = (
+        "import time; from multilstm import benchmark\n"
+        "benchmark.Worker.ask = lambda self, method: time.sleep(600)\n"
+        "benchmark.serve()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1)
+    process.communicate(b'["start", {}]\n', timeout=60)
+    assert process.returncode == 0
 
 
 def test_ctrl_c_ends_the_process_that_is_asked(pretend, monkeypatch):

@@ -1116,6 +1116,29 @@ def test_what_keras_masks_counts_nothing(rng):
     )
 
 
+def test_perplexity_takes_a_word_a_row_and_weights_of_rows(ids):
+    logits = np.log(np.full((3, 5, V), 1 / V, np.float32))
+    logits[0, :, 3] += 2  # row 0 is surer of one word
+    metric = Perplexity()
+    metric.update_state(ids[:, 0], keras.ops.convert_to_tensor(logits[:, 0]))
+    # float32.
+    truth = oracles.perplexity(logits[:, :1], ids[:, :1])
+    assert float(metric.result()) == pytest.approx(truth, rel=1e-5)
+    metric.reset_state()
+    weights = keras.ops.convert_to_tensor(np.float32([0, 1, 1]))
+    metric.update_state(ids, keras.ops.convert_to_tensor(logits), weights)
+    assert float(metric.result()) == pytest.approx(V, rel=1e-5)
+
+
+def test_targets_may_have_an_axis_of_one_as_with_keras(ids):
+    losses = []
+    for targets in (ids, ids[..., None]):
+        model = small_model()
+        model.compile(SGD(0.1))
+        losses += model.fit(ids, targets, verbose=0).history["loss"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # float32
+
+
 def test_callbacks_know_that_less_perplexity_is_better(rng):
     model = small_model()
     model.compile(SGD(0.0))
@@ -1180,6 +1203,7 @@ def test_jit_is_told_to_change_nothing_on_torch(rng, caplog):
     model.compile(jit_compile=True)
     assert "jit_compile=True changes nothing" in caplog.text
     model.fit(datasets(rng)["streams"], verbose=0)
+    assert model.get_compile_config()["jit_compile"] is True  # for others
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 7.0])

@@ -800,6 +800,28 @@ def run_optimizer(optimizer, *, transposed=False):
     ]
 
 
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_norm_of_millions_of_numbers_loses_none(rng, is_turned):
+    """Against float64: a few large numbers, as gradients of embeddings have."""
+    shape = (1700, 1000)
+    gradient = rng.standard_normal(shape) * np.exp(
+        2 * rng.standard_normal(shape)
+    )
+    gradient = gradient.astype(np.float32)
+    variable = keras.Variable(np.zeros_like(gradient))
+    given = keras.ops.convert_to_tensor(gradient)
+    if is_turned:
+        flat = keras.ops.convert_to_tensor(gradient.T.copy())
+        given = keras.ops.transpose(flat)
+    optimizer = keras.optimizers.SGD(1.0, global_clipnorm=1.0)
+    ops.fuse_optimizer(optimizer)
+    optimizer.build([variable])
+    optimizer.apply([given])
+    step = keras.ops.convert_to_numpy(variable).astype(np.float64)
+    # float32, whose sum over rows of rows is right to its last bits.
+    np.testing.assert_allclose(np.linalg.norm(step), 1, rtol=1e-6)
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="XLA fuses what Keras writes")
 @pytest.mark.parametrize("name", list(make_optimizers()))
 def test_fused_optimizer_does_what_keras_does(name):

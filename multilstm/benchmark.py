@@ -28,11 +28,13 @@ import gc
 import json
 import math
 import os
+import queue
 import sys
+import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -665,12 +667,29 @@ def resident_mb(field: str) -> float:
     return round(int(status.split(f"{field}:")[1].split()[0]) * 1.024e-3, 1)
 
 
+def _questions() -> Iterator[str]:
+    """The lines of stdin; where it ends this process does, busy or not.
+
+    Whoever asked is gone then, and may have been killed.
+    """
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
 def serve() -> None:
     """Answers the questions on stdin; all else that is printed is stderr's."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker()
-    for line in sys.stdin:
+    for line in _questions():
         method, arguments = json.loads(line)
         try:
             answer = worker.ask(method, **arguments)

@@ -470,13 +470,17 @@ def _load_encoded(
         logger.warning("Encoding %s anew, the cache is bad: %s", name, error)
         shutil.rmtree(folder, ignore_errors=True)
     encode = partial(_encode, texts, min_count, max_vocabulary, unknown)
+    reason: Exception
     try:
         _write_cache(folder, encode)
-        return _read_cache(name, folder, sha256)
     except OSError as error:
-        logger.warning(
-            "Encoding %s in memory, without a cache: %s", name, error
-        )
+        reason = error
+    else:
+        try:
+            return _read_cache(name, folder, sha256)
+        except (UserError, OSError) as error:  # it could not be removed
+            reason = error
+    logger.warning("Encoding %s in memory, without a cache: %s", name, reason)
     arrays = {}
 
     def in_memory(

@@ -227,7 +227,7 @@ class Keeper(keras.callbacks.Callback):
         self.kernel = self.kernel or last_kernel()  # not that of validation
         if self.num_batches < self.steps_per_epoch:  # asked to stop
             self._save_checkpoint()
-            if math.isinf(self.best_perplexity):
+            if math.isinf(self.best_perplexity) and not self.history:
                 self._save_best(0, math.inf)
             return
         seconds = time.perf_counter() - self._began

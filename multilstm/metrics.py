@@ -30,8 +30,8 @@ class Perplexity(keras.metrics.Metric):
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> None:
         weights = token_weights(y_true, sample_weight)
-        weights *= ops.cast(_Mask(name="mask")(y_pred), weights.dtype)
-        self.add(*nats_and_tokens(y_true, y_pred, weights))
+        mask = ops.cast(_Mask(name="mask")(y_pred), weights.dtype)
+        self.add(*nats_and_tokens(y_true, y_pred, weights * mask))
 
     def add(self, nats: Any, tokens: Any) -> None:
         """Adds a sum of negative log-likelihoods over so many tokens."""
@@ -65,11 +65,11 @@ def nats_and_tokens(
 
 
 def token_weights(targets: Any, sample_weight: Any) -> Any:
-    """What each target counts, float32 of shape `(batch, time)`."""
+    """What each target counts, float32 of the targets' shape."""
     if sample_weight is None:
         return ops.ones(ops.shape(targets), "float32")
     weights = ops.cast(sample_weight, "float32")
-    if len(weights.shape) < 2:  # a weight for each row
+    if len(weights.shape) < len(targets.shape):  # a weight for each row
         weights = ops.expand_dims(weights, -1)
     return ops.broadcast_to(weights, ops.shape(targets))
 

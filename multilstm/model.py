@@ -451,11 +451,10 @@ class LanguageModel(keras.Model):
         self._compile_loss = self._compile_metrics = None
         if not self.needs_logits:  # an empty list is none
             kwargs |= {"metrics": None, "weighted_metrics": None}
-        if "jit_compile" in kwargs:
-            kwargs["jit_compile"] = jit_of_steps(kwargs["jit_compile"])
-        super().compile(optimizer, loss, **kwargs)
         self._asked_steps = kwargs.get("steps_per_execution")
-        self._asked_jit = kwargs.get("jit_compile", "auto")
+        self._asked_jit = kwargs.pop("jit_compile", "auto")
+        jit = jit_of_steps(self._asked_jit)
+        super().compile(optimizer, loss, jit_compile=jit, **kwargs)
         self._functions = {}
         fuse_optimizer(self.optimizer)
 
@@ -464,8 +463,9 @@ class LanguageModel(keras.Model):
         config: dict[str, Any] = super().get_compile_config()
         if self._asked_steps is None:
             config.pop("steps_per_execution", None)
+        config["jit_compile"] = self._asked_jit
         if self._asked_jit == "auto":
-            config.pop("jit_compile", None)
+            del config["jit_compile"]
         return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -492,6 +492,8 @@ class LanguageModel(keras.Model):
     ) -> Any:
         if not self.uses_own_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if len(y.shape) == 3 and y.shape[-1] == 1:
+            y = ops.squeeze(y, -1)  # as Keras's losses do
         if len(y.shape) != 2:
             raise UserError(
                 "Targets must be ids of words, of shape (batch, time); "
@@ -614,7 +616,7 @@ class LanguageModel(keras.Model):
                 own to weigh.
         """
         named = _by_name(keras.Model.fit, args, kwargs)
-        if self.uses_own_loss and named.get("class_weight") is not None:
+        if self.uses_own_loss and named.get("class_weight"):
             raise UserError(
                 "`class_weight` is not for words; received "
                 f"{len(named['class_weight'])} weights. Give batches with a "
