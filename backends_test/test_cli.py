@@ -272,10 +272,81 @@ def test_methods_of_another_command_are_kept_where_they_compare(
     (run_folder / "adapted.json").write_text(json.dumps(both))
     assert list(adapt("temperature")["methods"]) == ["temperature"]
     assert "of another weights_sha256" in caplog.text
-    (run_folder / "adapted.json").write_text("{")
-    status, _, err = command("evaluate", run_folder, "--adapt", "cache")
+    for damage, said in (
+        ("{", "adapted.json cannot be read"),
+        (json.dumps(first | {"methods": None}), "json must have `methods`"),
+    ):
+        (run_folder / "adapted.json").write_text(damage)
+        status, _, err = command("evaluate", run_folder, "--adapt", "cache")
+        assert status == 1
+        assert said in err
+
+
+def test_what_another_command_measured_in_the_meantime_is_kept(
+    command, run_folder, monkeypatch
+):
+    from multilstm import adaptation
+
+    path, adapt = run_folder / "adapted.json", adaptation.adapt
+
+    def adapt_beside_another(*arguments, keep, **options):
+        def keep_later(result):
+            keep(result)
+            beside = json.loads(path.read_text())
+            beside["methods"]["cache"] = {"by": "another command"}
+            path.write_text(json.dumps(beside))
+            keep(result)
+
+        return adapt(*arguments, keep=keep_later, **options)
+
+    monkeypatch.setattr(adaptation, "adapt", adapt_beside_another)
+    status, _, _ = command("evaluate", run_folder, "--adapt", "temperature")
+    assert status == 0
+    kept = json.loads(path.read_text())
+    assert kept["methods"].keys() == {"temperature", "cache"}
+    assert kept["kernel"].startswith(f"{BACKEND}: ")
+
+
+def test_run_that_has_moved_is_not_adapted(command, run_folder, monkeypatch):
+    from multilstm import adaptation
+
+    moved, adapt = run_folder.with_name("moved"), adaptation.adapt
+
+    def adapt_what_moves(*arguments, **options):
+        run_folder.rename(moved)
+        return adapt(*arguments, **options)
+
+    monkeypatch.setattr(adaptation, "adapt", adapt_what_moves)
+    try:
+        status, _, err = command("evaluate", run_folder, "--adapt", "cache")
+        assert status == 1
+        assert "must stay while its run is adapted" in err
+        assert not run_folder.exists()
+    finally:
+        moved.rename(run_folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--num-samples", 3), "without --adapt dropout"),
+        (("--tune-tokens", 30), "without a dynamic evaluation"),
+    ],
+    ids=str,
+)
+def test_what_no_method_takes_is_refused(arguments, told, command, run_folder):
+    status, _, err = command(
+        "evaluate", run_folder, "--adapt", "cache", *arguments
+    )
+    assert (status, told in err) == (1, True)
+
+
+@pytest.mark.parametrize("option", ["--tolerance", "--until-perplexity"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_comparison_is_by_numbers(option, value, command):
+    status, _, err = command("compare", option, value)
     assert status == 1
-    assert "adapted.json cannot be read" in err
+    assert f"{option} must be a number from 0 on; received" in err
 
 
 def test_what_only_adapting_takes_is_refused_without(command, run_folder):
@@ -290,7 +361,10 @@ def test_what_only_adapting_takes_is_refused_without(command, run_folder):
     ("arguments", "message"),
     [
         (("--split", "train"), "reports valid and test; received --split tra"),
-        (("--tune-tokens", 1), "`tune_tokens` must be at least 2; received 1"),
+        (
+            ("--tune-tokens", 1, "--adapt", "dynamic-sgd"),
+            "`tune_tokens` must be at least 2; received 1",
+        ),
     ],
     ids=str,
 )
@@ -327,6 +401,17 @@ def test_predict_prints_actual_beside_predicted_words(command, run_folder):
         heading, words = printed[at + 2]
         assert heading == "Predicted words"
         assert words.split() == got[split]["predicted"]
+
+
+def test_words_of_the_vocabulary_are_not_cut_in_a_prompt(command, run_folder):
+    """Of python-docs, whose punctuation is words of its own."""
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"corpus": "python-docs"}))
+    arguments = ("--prompt", "a <eos> b, c", "--max-new-tokens", 1, "--json")
+    got = record(command("generate", run_folder, *arguments)[1])
+    assert got["prompt"] == ["a", "<eos>", "b", "c"]
+    assert got["unknown_words"] == [","]
 
 
 def test_generate_continues_the_prompt_and_names_unknown_words(

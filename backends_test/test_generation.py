@@ -37,6 +37,7 @@ HAND_WORKED = [
     ({"temperature": 0.5}, [1 / 22, 16 / 22, 1 / 22, 4 / 22]),
     ({"temperature": 1e9}, [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
     ({"temperature": 1e-9}, [0, 1, 0, 0]),
+    ({"temperature": 1e-310}, [0, 1, 0, 0]),
     ({"top_k": 1}, [0, 1, 0, 0]),
     ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
     # Of the two that are equally likely, the one with the lower id.
@@ -110,6 +111,21 @@ def test_greedy_words_are_those_of_reading_it_all_again(carry_state):
     assert result.words == VOCABULARY.decode(expected)
     assert result.prompt == prompt
     assert result.unknown_words == []
+
+
+def test_long_prompt_is_read_in_pieces_to_the_same_end(model, monkeypatch):
+    prompt = ["a", "b", "c"] * 4
+    expected = generate(model, VOCABULARY, prompt, **GREEDY)
+    monkeypatch.setattr(generation, "_WORDS_AT_ONCE", 5)
+    assert [len(c) for c in generation._chunks(np.arange(12))] == [5, 5, 1, 1]
+    assert generate(model, VOCABULARY, prompt, **GREEDY) == expected
+
+
+def test_model_that_is_to_carry_a_state_is_not_built_by_reading():
+    model = LanguageModel(len(VOCABULARY), units=4, carry_state=True)
+    with pytest.raises(UserError, match="must be built before it reads"):
+        generate(model, VOCABULARY, ["a"], **GREEDY)
+    assert not model.built
 
 
 def test_one_seed_gives_one_text(model):

@@ -1017,7 +1017,7 @@ def test_perplexity_is_measured_before_training():
     # All words are as likely.
     assert evaluate(model, ids).perplexity == pytest.approx(V, rel=1e-4)
     carrying = small_model(carry_state=True)
-    with pytest.raises(UserError, match=r"must be built before it is evaluat"):
+    with pytest.raises(UserError, match=r"must be built before it reads"):
         evaluate(carrying, ids)
 
 

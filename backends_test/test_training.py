@@ -32,6 +32,7 @@ from multilstm import train as train_run
 from multilstm import training as training_module
 from multilstm.errors import UserError, WriteError
 from multilstm.keeper import DivergedError, best_epoch, figures_of
+from multilstm.ops import parallel
 from multilstm.presets import preset_of
 from multilstm.run_folder import RunFolder
 from multilstm.runs import load_run_corpus, weights_sha256
@@ -1402,6 +1403,16 @@ def test_accumulation_that_never_makes_a_step_is_refused(train, tmp_path):
         train(**few, gradient_accumulation_steps=4)
     assert not (tmp_path / "run").exists()
     train(**few, gradient_accumulation_steps=3)
+
+
+def test_devices_that_do_not_accumulate_leave_no_folder(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parallel.Devices, "accumulates", False)
+    with pytest.raises(UserError, match=r"received --gradient-acc.*-steps 2"):
+        train(gradient_accumulation_steps=2)
+    assert not (tmp_path / "run").exists()
+    train()
 
 
 def test_lengths_and_accumulation_do_not_go_together(train):

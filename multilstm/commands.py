@@ -1,6 +1,7 @@
 """The commands that need no framework in this process."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,10 +88,13 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    if not options.tolerance >= 0:
-        raise UserError(
-            f"--tolerance must be 0 or more; received {options.tolerance}."
-        )
+    for name in ("tolerance", "until_perplexity"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be a number from 0 on; "
+                f"received {value}."
+            )
     comparison = compare(
         _pythons(options),
         arguments,

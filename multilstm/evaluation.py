@@ -147,6 +147,23 @@ def evaluate(
     return Evaluator(model, batch_size, sequence_length)(token_ids)
 
 
+def build_for_reading(model: Any) -> None:
+    """Builds a `LanguageModel` that is not built, for any number of rows.
+
+    Raises:
+        UserError: If it carries its state, which is of so many rows.
+    """
+    if not hasattr(model, "read") or model.built:
+        return
+    if model.carry_state:
+        raise UserError(
+            "A model that carries its state must be built before it reads, "
+            "for the rows that it is to train on; it is not. Call "
+            "model.build((batch_size, sequence_length))."
+        )
+    model.build((None, None))
+
+
 class Evaluator:
     """`evaluate` for one model and many texts: it is compiled only once.
 
@@ -179,14 +196,7 @@ class Evaluator:
                 raise UserError(
                     f"`{name}` must be at least 1; received {size}."
                 )
-        if hasattr(model, "read") and not model.built:
-            if model.carry_state:
-                raise UserError(
-                    "A model that carries its state must be built before it "
-                    "is evaluated, for the rows that it is to train on; it is "
-                    "not. Call model.build((batch_size, sequence_length))."
-                )
-            model.build((None, None))
+        build_for_reading(model)
         self.model = model
         self.batch_size = batch_size
         self.sequence_length = sequence_length

@@ -1,5 +1,6 @@
 """Model + prompt -> words, one step a word with the state carried on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from multilstm.errors import UserError
+from multilstm.evaluation import build_for_reading
 from multilstm.vocabulary import END_OF_SENTENCE, Vocabulary
 
 _WORDS_AT_ONCE = 256  # each has the logits of all words
@@ -75,10 +77,8 @@ def generate(
     read = ids if len(ids) else _start_of_sentence(vocabulary)
     step = _Step(model)
     states = model.get_initial_state(1)
-    for token_id in read:
-        logits, states = step.predict_on_batch(
-            (np.array([[token_id]], np.int32), states)
-        )
+    for chunk in _chunks(read):
+        logits, states = step.predict_on_batch((chunk[np.newaxis], states))
     generator = np.random.default_rng(seed)
     words: list[str] = []
     while len(words) < max_new_tokens:
@@ -126,7 +126,8 @@ def next_word_probabilities(
         certain: NDArray[np.float64] = np.zeros_like(logits)
         certain[ranked[0]] = 1
         return certain
-    scaled = (logits[ranked] - logits[ranked[0]]) / temperature
+    with np.errstate(over="ignore"):  # to minus infinity, of which exp is 0
+        scaled = (logits[ranked] - logits[ranked[0]]) / temperature
     probabilities = np.exp(scaled)  # from the most likely word down
     if top_k is not None:
         probabilities[top_k:] = 0
@@ -187,6 +188,7 @@ class _Step(keras.Model):
 
     def __init__(self, language_model: Any) -> None:
         super().__init__(name="step")
+        build_for_reading(language_model)
         self.language_model = language_model
 
     def call(self, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -195,6 +197,13 @@ class _Step(keras.Model):
             token_ids, initial_state=states, return_state=True, training=False
         )
         return ops.cast(logits, "float32"), states
+
+
+def _chunks(token_ids: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    """As many at once as may be, then one by one: of two shapes alone."""
+    whole = len(token_ids) - len(token_ids) % _WORDS_AT_ONCE
+    yield from token_ids[:whole].reshape(-1, _WORDS_AT_ONCE)
+    yield from token_ids[whole:, np.newaxis]
 
 
 def _start_of_sentence(vocabulary: Vocabulary) -> NDArray[np.int32]:
@@ -211,7 +220,7 @@ def _check_range(
 ) -> None:
     for name, value, is_right, needed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("temperature", temperature, temperature >= 0, "finite, at least 0"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("seed", seed, seed >= 0, "at least 0"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in 0..1, not 0"),

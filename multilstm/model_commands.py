@@ -12,10 +12,11 @@ from rich.table import Table
 from multilstm import adaptation
 from multilstm.commands import plain, refuse, telling
 from multilstm.corpus import tokenize
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.evaluation import evaluate
 from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.generation import generate, predict_next_words
+from multilstm.ops import last_kernel
 from multilstm.options import Evaluate, Generate, Predict, Train
 from multilstm.presets import preset_of
 from multilstm.run_folder import RESULT_SCHEMA, RunFolder
@@ -91,9 +92,14 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
             "--adapt tunes on valid and reports valid and test; received "
             "--split train. Leave --split out."
         )
+    if "dropout" not in options.adapt:
+        refuse(options, ("num_samples", "seed"), "without --adapt dropout")
+    if not any(method.startswith("dynamic") for method in options.adapt):
+        refuse(options, ("tune_tokens",), "without a dynamic evaluation")
     model, _, config = load_run(options.run)
     corpus = load_run_corpus(config, options.data, options.corpus)
-    path = RunFolder(options.run).adapted
+    folder = RunFolder(options.run)
+    path = folder.adapted
     record: dict[str, Any] = {
         "run": str(options.run),
         **describe_environment(),
@@ -101,11 +107,21 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         "corpus": corpus.name,
         "weights_sha256": weights_sha256(model),
     }
-    earlier = _earlier_methods(path, record)
+    of_run = {k: v for k, v in record.items() if k not in ("run", "kernel")}
+    _earlier_methods(path, of_run)  # what cannot be read is told at once
 
     def keep(result: dict[str, Any]) -> None:
-        """Writes what there is so far: some methods take long."""
-        record.update(result)
+        """Writes what there is so far: some methods take long.
+
+        Another command may have written in the meantime.
+        """
+        if not folder.config.exists():
+            raise WriteError(
+                f"{folder.path} must stay while its run is adapted; it was "
+                "removed or moved. Nothing is written to it."
+            )
+        record.update(result, kernel=last_kernel())
+        earlier = _earlier_methods(path, of_run)
         record["methods"] = earlier | result["methods"]
         record["plain"]["protocol"] = describe_protocol(
             preset_of(config), config
@@ -131,13 +147,18 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     return record
 
 
-def _earlier_methods(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _earlier_methods(path: Path, of_run: dict[str, Any]) -> dict[str, Any]:
     """What other commands measured of the same run in the same way."""
     if not path.exists():
         return {}
     before = read_json(path, schema=adaptation.SCHEMA)
-    for name, value in record.items():
-        if name not in ("run", "kernel") and before.get(name) != value:
+    if not isinstance(before.get("methods"), dict):
+        raise UserError(
+            f"{path} must have `methods`; it has none. Remove it and measure "
+            "again."
+        )
+    for name, value in of_run.items():
+        if before.get(name) != value:
             logging.getLogger("multilstm").warning(
                 "%s is of another %s, so it is written anew.", path, name
             )
@@ -185,11 +206,17 @@ def run_predict(options: Predict, console: Console) -> dict[str, Any]:
 
 def run_generate(options: Generate, console: Console) -> dict[str, Any]:
     model, vocabulary, config = load_run(options.run)
-    split = tokenize if config["corpus"] == "python-docs" else str.split
+    prompt = options.prompt.split()
+    if config["corpus"] == "python-docs":
+        prompt = [
+            word
+            for piece in prompt  # `<eos>` is one word, and no three
+            for word in ([piece] if piece in vocabulary else tokenize(piece))
+        ]
     generated = generate(
         model,
         vocabulary,
-        split(options.prompt),
+        prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -284,6 +284,12 @@ def _train(
     batches = cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
     _check_makes_a_step(plan, batches)
     part_of_rows(plan.batch_size, folder.devices.count)
+    if plan.gradient_accumulation_steps > 1 and not folder.devices.accumulates:
+        raise UserError(
+            "Several devices on TensorFlow take one batch a step; received "
+            f"--gradient-accumulation-steps {plan.gradient_accumulation_steps}"
+            ". Leave it out, or use jax or torch."
+        )
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
         return _train_held(

@@ -26,12 +26,14 @@ class Devices:
             alone writes.
         num_processes: How many of those there are.
         num_parts: Into how many parts rows are cut before a model sees them.
+        accumulates: Whether gradients of several batches can be one step.
     """
 
     count = 1
     rank = 0
     num_processes = 1
     num_parts = 1
+    accumulates = True
 
     @contextmanager
     def building(self) -> Iterator[None]:

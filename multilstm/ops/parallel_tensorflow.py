@@ -17,6 +17,8 @@ from multilstm.ops import parallel
 
 
 class _Mirrored(parallel.Devices):
+    accumulates = False
+
     def __init__(self, kind: str, count: int) -> None:
         self.count = self.num_parts = count
         self.strategy = _strategy(kind, count)
