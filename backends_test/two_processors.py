@@ -18,6 +18,7 @@ tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2
 )
 
+# TensorFlow divides a CPU only before anything is computed.
 import multilstm  # noqa: E402
 
 with tf.device("CPU:1"):

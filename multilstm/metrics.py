@@ -23,6 +23,7 @@ class Perplexity(keras.metrics.Metric):
     def __init__(self, name: str = "perplexity", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         self._direction = "down"  # for Keras's callbacks: the less the better
+        self._mask_of = _Mask(name="mask")
         self.nats = self.add_weight(initializer="zeros", name="nats")
         self.tokens = self.add_weight(initializer="zeros", name="tokens")
 
@@ -30,7 +31,7 @@ class Perplexity(keras.metrics.Metric):
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> None:
         weights = token_weights(y_true, sample_weight)
-        mask = ops.cast(_Mask(name="mask")(y_pred), weights.dtype)
+        mask = ops.cast(self._mask_of(y_pred), weights.dtype)
         self.add(*nats_and_tokens(y_true, y_pred, weights * mask))
 
     def add(self, nats: Any, tokens: Any) -> None:

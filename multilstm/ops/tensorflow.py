@@ -404,7 +404,8 @@ def _read_chunks(
     for first in starts:
         # One after another, so that one chunk of logits is there at a time.
         with tf.control_dependencies([total]):
-            logits = _logits(features, kernel, bias, first, starts.step)
+            part = slice(first, first + starts.step)
+            logits = _logits(features, kernel[:, part], bias[part])
             places, is_here = _places(targets, first, logits.shape[1])
             chosen += tf.gather_nd(logits, places) * is_here
             new_largest = tf.maximum(largest, tf.reduce_max(logits, 1))
@@ -420,8 +421,7 @@ def _read_chunks(
 def _read_at_once(
     features: Any, kernel: Any, bias: Any, targets: Any
 ) -> tuple[Any, ...]:
-    logits = tf.nn.bias_add(tf.matmul(features, kernel), bias)
-    logits = tf.cast(logits, tf.float32)
+    logits = _logits(features, kernel, bias)
     places = tf.stack([tf.range(tf.size(targets)), targets], 1)
     chosen = tf.gather_nd(logits, places)
     largest = tf.reduce_max(logits, 1, keepdims=True)
@@ -467,7 +467,7 @@ def _gradients_of_chunks(
         part = slice(first, first + starts.step)
         done = [d_features] if d_kernel is None else [d_features, d_kernel]
         with tf.control_dependencies(done):
-            logits = _logits(features, kernel, bias, first, starts.step)
+            logits = _logits(features, kernel[:, part], bias[part])
             places, is_here = _places(targets, first, logits.shape[1])
             errors = tf.exp(logits - log_total[:, None])
             errors = tf.tensor_scatter_nd_sub(errors, places, is_here)
@@ -501,11 +501,8 @@ def _put(whole: Any, part: Any, first: int, shape: Any) -> Any:
     )
 
 
-def _logits(
-    features: Any, kernel: Any, bias: Any, first: int, size: int
-) -> Any:
-    part = slice(first, first + size)
-    logits = tf.nn.bias_add(tf.matmul(features, kernel[:, part]), bias[part])
+def _logits(features: Any, kernel: Any, bias: Any) -> Any:
+    logits = tf.nn.bias_add(tf.matmul(features, kernel), bias)
     return tf.cast(logits, tf.float32)
 
 
