@@ -20,7 +20,8 @@ MEASURED_IN = {
     "zaremba_small": "zaremba-small-ptb-compare.json",
     "zaremba_medium": "zaremba-medium-ptb-h200.json",
     "adam_512": "adam-512-ptb-h200.json",
-    "pytorch_650_tied": "pytorch-650-tied-ptb-torch-2core-cpu.json",
+    "pytorch_650_tied": "pytorch-650-tied-ptb-h200.json",
+    "awd_adam": "awd-adam-ptb-h200.json",
 }
 # From the papers, and from the commands in their code's README.
 ZAREMBA = {

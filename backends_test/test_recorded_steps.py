@@ -128,6 +128,26 @@ def test_without_dropout_they_are_keras_own_steps(rng, steps_of, name):
     assert steps.num_recorded == 1
 
 
+def test_layers_know_where_a_step_is_recorded(rng, steps_of, monkeypatch):
+    from multilstm.ops.torch import is_recorded
+
+    model, told = make_model(), []
+    train_step = model.train_step
+
+    def watched(batch):
+        told.append(is_recorded.get())
+        return train_step(batch)
+
+    monkeypatch.setattr(model, "train_step", watched)
+    steps = steps_of(model)
+    steps(batches_of(rng, number=3))
+    assert told == [True] * 3  # before the recording, and in it
+    steps.is_refused = True
+    steps(batches_of(rng, steps=2, number=1))
+    assert told == [True] * 3 + [False]
+    assert not is_recorded.get()
+
+
 def test_masks_come_from_the_seed_and_the_number_of_the_step(rng, steps_of):
     model, other, third = make_model(), make_model(), make_model(seed=1)
     batches = batches_of(rng)

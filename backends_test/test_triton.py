@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -138,11 +139,15 @@ def test_gradients_of_the_states_may_come_column_by_column(triton_torch, rng):
 
 @pytest.mark.parametrize(
     "blocks",
-    [{"units": 8}, {"units": 32}, {"inner": 32}, {"most_rows": 16}],
+    [
+        *({"units": 8}, {"units": 32}, {"inner": 32, "columns": 32}),
+        *({"most_rows": 16}, {"columns": 16}, {"programs": 2}),
+        *({"in_parts": True}, {"in_parts": True, "programs": 2}),
+    ],
 )
 def test_how_products_are_cut_changes_nothing(triton_torch, rng, blocks):
-    arrays = arrays_of(rng, 20, 2, 5, 40)
-    upstream = upstream_of(rng, 20, 2, 40)
+    arrays = arrays_of(rng, 20, 3, 5, 70)
+    upstream = upstream_of(rng, 20, 3, 70)
     found = [
         run(triton_torch.lstm, arrays, upstream, "float32", **options)
         for options in ({}, {"blocks": triton_torch.Blocks(**blocks)})
@@ -161,6 +166,81 @@ def test_it_reads_what_trains_and_leaves_the_rest(triton_torch):
     assert not triton_torch.is_for(x[:0])
     with torch.no_grad():
         assert not triton_torch.is_for(x)
+
+
+@pytest.mark.parametrize("setting", ["recorded", "0", "1"])
+def test_which_steps_it_is_for(monkeypatch, setting):
+    from multilstm.ops import torch as implementation
+
+    stand_in = SimpleNamespace(
+        is_for=lambda x: x.trains, is_faster=lambda x: x.is_faster
+    )
+    monkeypatch.setattr(implementation, "_triton_torch", lambda: stand_in)
+    monkeypatch.setattr(implementation, "_TRITON", setting)
+
+    def taken(**differing):
+        x = {"is_cuda": True, "trains": True, "is_faster": True} | differing
+        return implementation._is_for_triton(SimpleNamespace(**x))
+
+    def taken_in_recorded_steps(**differing):
+        token = implementation.is_recorded.set(True)
+        try:
+            return taken(**differing)
+        finally:
+            implementation.is_recorded.reset(token)
+
+    is_one = setting == "1"
+    assert taken() == taken(is_faster=False) == is_one
+    assert taken_in_recorded_steps() == (setting != "0")
+    assert taken_in_recorded_steps(is_faster=False) == is_one
+    assert not taken_in_recorded_steps(trains=False)
+
+
+def test_it_is_faster_where_that_was_measured(triton_torch, monkeypatch):
+    import torch
+
+    capability = [9, 0]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda _: tuple(capability)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    x = torch.zeros(128, 2, 3)
+    assert triton_torch.is_faster(x.bfloat16())
+    assert not triton_torch.is_faster(x)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert triton_torch.is_faster(x)
+    assert not triton_torch.is_faster(torch.zeros(129, 2, 3))
+    capability[:] = 8, 0
+    assert not triton_torch.is_faster(x)
+    capability[:] = 9, 0
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not triton_torch.is_faster(x)
+
+
+def test_without_triton_steps_are_cudnns_and_one_line_says_so(
+    monkeypatch, caplog
+):
+    from multilstm.ops import evidence
+    from multilstm.ops import torch as implementation
+
+    def fail():
+        raise ImportError("no module named triton")
+
+    monkeypatch.setattr(evidence, "_explained", set())
+    monkeypatch.setattr(implementation, "_triton_torch", fail)
+    monkeypatch.setattr(implementation, "_TRITON", "recorded")
+    token = implementation.is_recorded.set(True)
+    try:
+        for _ in range(2):
+            x = SimpleNamespace(is_cuda=True)
+            assert not implementation._is_for_triton(x)
+    finally:
+        implementation.is_recorded.reset(token)
+    assert caplog.messages == [
+        "torch: LSTMs train by cuDNN, since Triton, which may be faster, "
+        "cannot be imported (no module named triton)."
+    ]
 
 
 def in_new_process(code, **environment):
@@ -218,6 +298,15 @@ def test_without_triton_one_line_says_what_to_do():
     )
 
 
+def test_another_setting_is_refused_in_one_line():
+    done = in_new_process("import multilstm.ops", MULTILSTM_TRITON="yes")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "multilstm.errors.UserError: MULTILSTM_TRITON must be 0, 1 or left "
+        "out; received 'yes'."
+    )
+
+
 def test_it_compiles_for_gpus_with_little_shared_memory():
     """For sm_80 and sm_90, by Triton's own compiler, which needs no GPU."""
     pytest.importorskip("triton", reason="Triton is for Linux")
@@ -236,18 +325,24 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
             (90, 20, "bfloat16", "bf16"),
             (90, 128, "float32", "fp32"),
         ):
-            h = torch.zeros(1, 1152, dtype=getattr(torch, dtype))
-            for kernel, more in (
-                (triton_torch._step, {}),
-                (triton_torch._step_back, {"IS_LAST": False}),
+            half_or_whole = getattr(torch, dtype)
+            blocks = triton_torch.Blocks()
+            left = torch.zeros(1, rows, 4 * 1152, dtype=half_or_whole)
+            right = torch.zeros(1152, 4 * 1152, dtype=half_or_whole)
+            product = triton_torch._Product(blocks, left, right)
+            width = 4 * blocks.units
+            for kernel, options in (
+                (
+                    triton_torch._step,
+                    triton_torch._options(blocks, rows, left, width)
+                    | {"SIZE": 1152, "PARTS": 0, "UNITS": blocks.units},
+                ),
+                (triton_torch._multiply, product.options),
             ):
-                _, options = triton_torch._launch(
-                    triton_torch.Blocks(), rows, h, is_back=bool(more)
-                )
-                warps = options.pop("num_warps"), options.pop("num_stages")
-                fixed = {"SIZE": 1152} | options | more
+                fixed = dict(options)
+                warps = fixed.pop("num_warps"), fixed.pop("num_stages")
                 kinds = {"step": "i32", "batch": "i32"}
-                kinds |= dict.fromkeys(("c", "dc"), "*fp32")
+                kinds |= dict.fromkeys(("c", "parts"), "*fp32")
                 kinds |= dict.fromkeys(fixed, "constexpr")
                 names = kernel.arg_names
                 compiled = triton.compile(

@@ -3,17 +3,17 @@
     python benchmarks/on_gpu.py --minutes 12 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: PyTorch's LSTM layers by cuDNN and in Triton; `awd_adam` in
-Triton, then by cuDNN; `pytorch_650_tied`; `zaremba_medium`; recorded steps of
-PyTorch; `adam_512` under Python's profiler, then on each backend, for the time
-to its perplexity; training steps of all backends; `best` and `awd` side by
-side, at equal compute, for as many epochs as there is time (22 s each on an
-H200). Next: `--only recurrence awd_adam-torch-triton awd_adam-torch`, in nine
-minutes, of which the last gets what the others leave: what must not be lost
-belongs into one command. The corpus is Penn Treebank, from MULTILSTM_DATA or by
-download. Every Python has multilstm in it, this one too (or PYTHONPATH leads
-there). What fails is told and the rest goes on; logs and run folders are in
-FOLDER, and what is there already is gone on from.
+In this order: PyTorch's LSTM layers by cuDNN and in Triton; training steps of
+all backends, with PyTorch's LSTM in Triton; `adam_512` on each backend, for the
+time to its perplexity, and under Python's profiler; `zaremba_medium`,
+`awd_adam`, `pytorch_650_tied`; recorded steps of PyTorch; `best` and `awd` side
+by side, at equal compute, for as many epochs as there is time. Next: `--only
+recurrence lstm-step adam_512-tensorflow adam_512-torch zaremba_medium-torch`,
+in nine minutes, of which the last gets what the others leave: what must not be
+lost belongs into one command. The corpus is Penn Treebank, from MULTILSTM_DATA
+or by download. Every Python has multilstm in it, this one too (or PYTHONPATH
+leads there). What fails is told and the rest goes on; logs and run folders are
+in FOLDER, and what is there already is gone on from.
 """
 
 import argparse
@@ -53,13 +53,9 @@ def tasks(
     """Groups of tasks that run side by side, and the most seconds for each."""
 
     def training(
-        preset: str,
-        backend: str,
-        *,
-        triton: bool = False,
-        epochs: int | None = None,
+        preset: str, backend: str, *, epochs: int | None = None
     ) -> Task:
-        name = f"{preset}-{backend}{'-triton' * triton}"
+        name = f"{preset}-{backend}"
         if epochs:
             name += f"-{epochs}-epochs"
         folder = out / name
@@ -69,10 +65,9 @@ def tasks(
         )
         if epochs:
             command += ("--epochs", str(epochs))
-        environment = {"KERAS_BACKEND": backend}
-        if triton:
-            environment["MULTILSTM_TRITON"] = "1"
-        return Task(name, command, environment, takes_minutes=True)
+        return Task(
+            name, command, {"KERAS_BACKEND": backend}, takes_minutes=True
+        )
 
     first = "torch" if "torch" in pythons else next(iter(pythons))
 
@@ -83,20 +78,6 @@ def tasks(
 
     if "torch" in pythons:
         yield 180, [of_torch("recurrence", "recurrence.py")]
-        yield 280, [training("awd_adam", "torch", triton=True)]
-    yield 280, [training("awd_adam", first)]
-    for preset in ("pytorch_650_tied", "zaremba_medium"):
-        yield 420, [training(preset, first)]
-    if "torch" in pythons:
-        yield 90, [of_torch("recorded-steps", "recorded_steps.py")]
-        # What takes the time between epochs, which on a GPU are short.
-        epochs = training("adam_512", "torch", epochs=4)
-        profiler = ("-m", "cProfile", "-o", str(out / "between-epochs.prof"))
-        python, *rest = epochs.command
-        command = (python, *profiler, *rest)
-        yield 90, [replace(epochs, name="between-epochs", command=command)]
-    for backend in pythons:
-        yield 150, [training("adam_512", backend)]
     named = [f"--python={name}={path}" for name, path in pythons.items()]
     command = (
         *(sys.executable, str(HERE / "lstm_step.py"), "--require-gpu", *named),
@@ -106,6 +87,19 @@ def tasks(
         *("--out", str(out / "lstm-step.json")),
     )
     yield 300, [Task("lstm-step", command)]
+    for backend in reversed(pythons):
+        yield 150, [training("adam_512", backend)]
+    if "torch" in pythons:
+        # What takes the time between epochs, which on a GPU are short.
+        epochs = training("adam_512", "torch", epochs=4)
+        profiler = ("-m", "cProfile", "-o", str(out / "between-epochs.prof"))
+        python, *rest = epochs.command
+        command = (python, *profiler, *rest)
+        yield 90, [replace(epochs, name="between-epochs", command=command)]
+    for preset in ("zaremba_medium", "awd_adam", "pytorch_650_tied"):
+        yield 280, [training(preset, first)]
+    if "torch" in pythons:
+        yield 90, [of_torch("recorded-steps", "recorded_steps.py")]
     yield float("inf"), [training("best", first), training("awd", first)]
 
 

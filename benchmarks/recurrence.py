@@ -2,14 +2,12 @@
 
     KERAS_BACKEND=torch python benchmarks/recurrence.py --out recurrence.json
 
-A training step of `awd` is fifteen milliseconds on an H200, of which its LSTM
-layers take twelve. `multilstm/ops/triton_torch.py` is meant to take a fraction
-of that, and has been seen to be right on a CPU (with TRITON_INTERPRET=1,
-slowly) and to compile for a GPU, not to run on one. Here the widest layer of a
-preset runs forward, and forward and back, recorded as a CUDA graph and
-replayed, by cuDNN and by that, in turns; for TF32 with the products of a step
-cut in several ways. First comes how far outputs and gradients of a replay are
-from those in float64.
+The widest layer of a preset runs forward, and forward and back, recorded as a
+CUDA graph and replayed, by cuDNN and by `multilstm/ops/triton_torch.py`, in
+turns; for TF32 with the products of a step cut in several ways. First comes how
+far outputs and gradients of a replay are from those in float64. What is
+measured is in results/recurrence-h200.json. Without a GPU TRITON_INTERPRET=1
+shows the numbers alone, slowly.
 """
 
 import argparse
@@ -37,12 +35,11 @@ SCHEMA = "multilstm.recurrence/1"
 # Each of them in turn beside the ones that are taken where nothing is said.
 BLOCKS = [
     {},
-    {"units": 8},
-    {"most_rows": 32},
-    {"most_rows": 32, "units": 32},
-    {"most_rows": 64},
-    {"stages": 6},
-    {"warps": 8},
+    {"in_parts": True},
+    {"programs": 2},
+    {"in_parts": True, "programs": 2},
+    {"in_parts": True, "programs": 3, "stages": 3},
+    {"warps": 4, "programs": 2},
 ]
 
 
@@ -169,11 +166,30 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def parse_blocks(text: str) -> dict[str, int]:
+    """Fields of `triton_torch.Blocks` from `units=8,stages=6`, or `-`."""
+    try:
+        pairs = [part.split("=") for part in text.strip("-").split(",") if part]
+        fields = {name: int(number) for name, number in pairs}
+        triton_torch.Blocks(**fields)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return fields
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--presets", nargs="+", default=["zaremba_medium", "awd", "awd_adam"])
+    presets = ["zaremba_medium", "awd", "awd_adam", "adam_512", "zaremba_large"]
+    add("--presets", nargs="+", default=presets)
     add("--precisions", nargs="+", default=["tf32", "float32", "bfloat16"])
+    add(
+        "--blocks",
+        nargs="+",
+        type=parse_blocks,
+        metavar="NAME=NUMBER[,...]",
+        help="fields of Blocks, instead of those tried in TF32",
+    )
     add("--steps", type=int, default=20, help="in a round")
     add("--rounds", type=int, default=5)
     add("--time-steps", type=int, help="instead of the preset's")
@@ -192,7 +208,8 @@ def main() -> None:
         "results": [],
     }
     for precision in options.precisions:
-        by_name = variants(BLOCKS if precision == "tf32" else BLOCKS[:1])
+        tried = BLOCKS if precision == "tf32" else BLOCKS[:1]
+        by_name = variants(options.blocks or tried)
         dtype = getattr(torch, precision.replace("tf32", "float32"))
         for name in options.presets:
             preset = find_preset(name)

@@ -591,10 +591,8 @@ MEASURED: dict[str, tuple[Measured, ...]] = {
         tensorflow=(118.19, 114.07, 46.8),
     ),
     "zaremba_medium": _measured("NVIDIA H200", torch=(87.88, 83.93, 3.2)),
-    "pytorch_650_tied": _measured(
-        "2 cores of an AMD EPYC, mixed_bfloat16, beside other work",
-        torch=(79.34, 76.35, 147.5),
-    ),
+    "pytorch_650_tied": _measured("NVIDIA H200", torch=(79.87, 76.82, 2.2)),
+    "awd_adam": _measured("NVIDIA H200", torch=(67.64, 65.54, 1.8)),
     "adam_512": _measured(
         "NVIDIA H200",
         torch=(74.11, 71.91, 0.5),

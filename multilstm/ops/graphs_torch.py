@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from multilstm.ops import reference
 from multilstm.ops.evidence import explain_once
-from multilstm.ops.torch import has_gpu
+from multilstm.ops.torch import has_gpu, is_recorded
 
 _MOST_GRAPHS = 128  # one for each shape of batches
 
@@ -155,16 +155,23 @@ class RecordedSteps:
         graph.replay()
         return True
 
+    @property
+    def _can_record(self) -> bool:
+        return not self.is_refused and len(self.graphs) < _MOST_GRAPHS
+
     def _train(self, batch: Any) -> None:
         token = _generator.set(self.generator)
+        # By the same kernels in a step before the recording as in that.
+        recorded_token = is_recorded.set(self._can_record)
         try:
             self.model.train_step(batch)
         finally:
+            is_recorded.reset(recorded_token)
             _generator.reset(token)
 
     def _record(self, key: Any, batch: Any) -> None:
         """Makes the graph of a step; the step itself is not done by that."""
-        if self.is_refused or len(self.graphs) >= _MOST_GRAPHS:
+        if not self._can_record:
             return
         device = self.generator.device
         inputs = keras.tree.map_structure(

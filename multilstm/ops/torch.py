@@ -1,9 +1,11 @@
 """PyTorch: its own LSTM kernels, and products by oneDNN on the CPU."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
+from functools import lru_cache, partial
 from typing import Any
 
 import keras
@@ -15,11 +17,24 @@ from multilstm.errors import UserError
 from multilstm.ops import bfloat16_torch, reference
 from multilstm.ops.evidence import explain_once, note_kernel
 
-# Asked for by name until it has been measured beside cuDNN.
-_IS_TRITON_WANTED = os.environ.get("MULTILSTM_TRITON") == "1"
-if _IS_TRITON_WANTED:
+# By default Triton's LSTM is for steps that are recorded, where it is faster;
+# with "1" for all that train, with "0" for none.
+_TRITON = os.environ.get("MULTILSTM_TRITON") or "recorded"
+if _TRITON not in ("recorded", "0", "1"):
+    raise UserError(
+        f"MULTILSTM_TRITON must be 0, 1 or left out; received {_TRITON!r}."
+    )
+is_recorded: ContextVar[bool] = ContextVar("is_recorded", default=False)
+
+
+@lru_cache
+def _triton_torch() -> Any:
+    return importlib.import_module("multilstm.ops.triton_torch")
+
+
+if _TRITON == "1":
     try:
-        from multilstm.ops import triton_torch
+        _triton_torch()
     except ImportError as error:
         raise UserError(
             "MULTILSTM_TRITON=1 needs Triton, which comes with PyTorch for "
@@ -75,8 +90,8 @@ def lstm_stack(
         for layer in weights:
             _store_transposed(list(layer))
         return reference.stack(bfloat16_torch.lstm, x, states, weights)
-    if _IS_TRITON_WANTED and triton_torch.is_for(x):
-        return reference.stack(triton_torch.lstm, x, states, weights)
+    if _is_for_triton(x):
+        return reference.stack(_triton_torch().lstm, x, states, weights)
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.numel():  # what is empty says nothing of others
             explain_once(
@@ -115,6 +130,22 @@ def lstm_stack(
         batch_first=True,
     )
     return y, list(zip(h, c, strict=True))
+
+
+def _is_for_triton(x: Any) -> bool:
+    if _TRITON == "1":
+        return bool(_triton_torch().is_for(x))
+    if _TRITON == "0" or not (is_recorded.get() and x.is_cuda):
+        return False
+    try:
+        triton_torch = _triton_torch()
+    except ImportError as error:
+        explain_once(
+            "torch: LSTMs train by cuDNN, since Triton, which may be faster, "
+            f"cannot be imported ({error})."
+        )
+        return False
+    return bool(triton_torch.is_for(x) and triton_torch.is_faster(x))
 
 
 def lstm_weights(weights: Any, dtype: str) -> Any:
