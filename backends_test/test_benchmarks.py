@@ -179,6 +179,8 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         ["zaremba_medium-torch"],
         ["awd_adam-torch"],
         ["pytorch_650_tied-torch"],
+        ["zaremba_large-torch"],
+        ["press_wolf_large-torch"],
         ["recorded-steps"],
         ["best-torch", "awd-torch"],
     ]

@@ -207,6 +207,7 @@ def test_it_is_faster_where_that_was_measured(triton_torch, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x = torch.zeros(128, 2, 3)
     assert triton_torch.is_faster(x.bfloat16())
+    assert not triton_torch.is_faster(x.half())
     assert not triton_torch.is_faster(x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert triton_torch.is_faster(x)

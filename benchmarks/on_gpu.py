@@ -6,14 +6,16 @@
 In this order: PyTorch's LSTM layers by cuDNN and in Triton; training steps of
 all backends, with PyTorch's LSTM in Triton; `adam_512` on each backend, for the
 time to its perplexity, and under Python's profiler; `zaremba_medium`,
-`awd_adam`, `pytorch_650_tied`; recorded steps of PyTorch; `best` and `awd` side
-by side, at equal compute, for as many epochs as there is time. Next: `--only
-recurrence lstm-step adam_512-tensorflow adam_512-torch zaremba_medium-torch`,
-in nine minutes, of which the last gets what the others leave: what must not be
-lost belongs into one command. The corpus is Penn Treebank, from MULTILSTM_DATA
-or by download. Every Python has multilstm in it, this one too (or PYTHONPATH
-leads there). What fails is told and the rest goes on; logs and run folders are
-in FOLDER, and what is there already is gone on from.
+`awd_adam`, `pytorch_650_tied`, `zaremba_large` and `press_wolf_large`, each of
+these two in a command of its own; recorded steps of PyTorch; `best` and `awd`
+side by side, at equal compute, for as many epochs as there is time. Next:
+`--only recurrence lstm-step adam_512-tensorflow adam_512-torch
+zaremba_medium-torch`, in nine minutes, of which the last gets what the others
+leave: what must not be lost belongs into one command. The corpus is Penn
+Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm in it,
+this one too (or PYTHONPATH leads there). What fails is told and the rest goes
+on; logs and run folders are in FOLDER, and what is there already is gone on
+from.
 """
 
 import argparse
@@ -98,6 +100,8 @@ def tasks(
         yield 90, [replace(epochs, name="between-epochs", command=command)]
     for preset in ("zaremba_medium", "awd_adam", "pytorch_650_tied"):
         yield 280, [training(preset, first)]
+    for preset in ("zaremba_large", "press_wolf_large"):
+        yield 600, [training(preset, first)]
     if "torch" in pythons:
         yield 90, [of_torch("recorded-steps", "recorded_steps.py")]
     yield float("inf"), [training("best", first), training("awd", first)]

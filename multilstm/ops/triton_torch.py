@@ -75,14 +75,15 @@ def is_faster(x: Any) -> bool:
     """Whether that has been seen to be faster than cuDNN, once recorded.
 
     So it was on an H200 for 20 and 80 rows of 650 and 1,150 units, in TF32
-    and with half the bits, not for products in whole float32, for which there
-    are no tensor cores.
+    and in bfloat16, not for products in whole float32, for which there are no
+    tensor cores.
     """
+    is_tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     return bool(
         torch.version.cuda
         and torch.cuda.get_device_capability(x.device) == (9, 0)
         and len(x) <= Blocks.most_rows
-        and (x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32)
+        and (is_tf32 or x.dtype == torch.bfloat16)
     )
 
 
