@@ -148,6 +148,30 @@ def test_layers_know_where_a_step_is_recorded(rng, steps_of, monkeypatch):
     assert not is_recorded.get()
 
 
+def test_what_a_step_has_moved_is_recorded_anew(rng, steps_of, monkeypatch):
+    """As a step that is not recorded may store the weights elsewhere."""
+    from multilstm.ops import graphs_torch
+
+    monkeypatch.setattr(graphs_torch, "_MOST_GRAPHS", 1)
+    model = make_model()
+    steps = steps_of(model)
+    steps(batches_of(rng, number=2))
+    train_step = model.train_step
+
+    def move(batch):
+        parameter = model.trainable_variables[0].value
+        parameter.data = parameter.data.clone()
+        return train_step(batch)
+
+    monkeypatch.setattr(model, "train_step", move)
+    steps(batches_of(rng, steps=2, number=1))  # of another shape
+    monkeypatch.setattr(model, "train_step", train_step)
+    assert steps.num_recorded == 1
+    assert not steps.graphs
+    steps(batches_of(rng, number=2))
+    assert steps.num_recorded == 2
+
+
 def test_masks_come_from_the_seed_and_the_number_of_the_step(rng, steps_of):
     model, other, third = make_model(), make_model(), make_model(seed=1)
     batches = batches_of(rng)

@@ -175,7 +175,8 @@ def test_which_steps_it_is_for(monkeypatch, setting):
     stand_in = SimpleNamespace(
         is_for=lambda x: x.trains, is_faster=lambda x: x.is_faster
     )
-    monkeypatch.setattr(implementation, "_triton_torch", lambda: stand_in)
+    for name in ("_triton_torch", "_triton_torch_or_why_not"):
+        monkeypatch.setattr(implementation, name, lambda: stand_in)
     monkeypatch.setattr(implementation, "_TRITON", setting)
 
     def taken(**differing):
@@ -204,10 +205,17 @@ def test_it_is_faster_where_that_was_measured(triton_torch, monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda _: tuple(capability)
     )
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    precision = ["highest"]
+    monkeypatch.setattr(
+        torch, "get_float32_matmul_precision", lambda: precision[0]
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     x = torch.zeros(128, 2, 3)
     assert triton_torch.is_faster(x.bfloat16())
     assert not triton_torch.is_faster(x.half())
+    assert not triton_torch.is_faster(x)  # as PyTorch has it by itself
+    precision[:] = ["high"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert not triton_torch.is_faster(x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert triton_torch.is_faster(x)
@@ -219,17 +227,31 @@ def test_it_is_faster_where_that_was_measured(triton_torch, monkeypatch):
     assert not triton_torch.is_faster(x)
 
 
-def test_without_triton_steps_are_cudnns_and_one_line_says_so(
-    monkeypatch, caplog
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("No module named 'triton'"),
+        RuntimeError("Failed to find C compiler.\nGive one."),
+        subprocess.CalledProcessError(1, "gcc"),
+        PermissionError(13, "Permission denied", "/root/.triton"),
+    ],
+)
+def test_where_triton_cannot_start_steps_are_cudnns_and_one_line_says_so(
+    monkeypatch, caplog, error
 ):
     from multilstm.ops import evidence
     from multilstm.ops import torch as implementation
 
     def fail():
-        raise ImportError("no module named triton")
+        raise error
 
+    implementation._triton_torch_or_why_not.cache_clear()
     monkeypatch.setattr(evidence, "_explained", set())
-    monkeypatch.setattr(implementation, "_triton_torch", fail)
+    if isinstance(error, ImportError):
+        monkeypatch.setattr(implementation, "_triton_torch", fail)
+    else:
+        module = SimpleNamespace(prepare=fail)
+        monkeypatch.setattr(implementation, "_triton_torch", lambda: module)
     monkeypatch.setattr(implementation, "_TRITON", "recorded")
     token = implementation.is_recorded.set(True)
     try:
@@ -238,10 +260,28 @@ def test_without_triton_steps_are_cudnns_and_one_line_says_so(
             assert not implementation._is_for_triton(x)
     finally:
         implementation.is_recorded.reset(token)
+        implementation._triton_torch_or_why_not.cache_clear()
     assert caplog.messages == [
-        "torch: LSTMs train by cuDNN, since Triton, which may be faster, "
-        "cannot be imported (no module named triton)."
+        "torch: LSTMs train by cuDNN, since Triton, which is faster, cannot "
+        f"start: {str(error).splitlines()[0]}"
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.export
+def test_a_compiler_is_not_asked_what_is_recorded():
+    import torch
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return ops.lstm(*tensors)[0]
+
+    units = 4
+    shapes = (2, 3, 5), (2, units), (2, units), (5, 16), (units, 16), (16,)
+    tensors = tuple(torch.ones(shape) for shape in shapes)
+    exported = torch.export.export(Layer(), tensors, strict=True)
+    torch.testing.assert_close(
+        exported.module()(*tensors), ops.lstm(*tensors)[0]
+    )
 
 
 def in_new_process(code, **environment):
@@ -308,8 +348,11 @@ def test_another_setting_is_refused_in_one_line():
     )
 
 
-def test_it_compiles_for_gpus_with_little_shared_memory():
-    """For sm_80 and sm_90, by Triton's own compiler, which needs no GPU."""
+def test_it_compiles_for_gpus_with_little_shared_memory_and_with_much():
+    """For sm_80 and sm_90, by Triton's own compiler, which needs no GPU.
+
+    The last is what an H200 has.
+    """
     pytest.importorskip("triton", reason="Triton is for Linux")
     code = """
         import json
@@ -321,11 +364,16 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
         from multilstm.ops import triton_torch
 
         found = []
-        for capability, rows, dtype, name in (
-            (80, 20, "float32", "fp32"),
-            (90, 20, "bfloat16", "bf16"),
-            (90, 128, "float32", "fp32"),
+        for capability, rows, dtype, name, kilobytes, processors in (
+            (80, 20, "float32", "fp32", 99, 7),
+            (90, 20, "bfloat16", "bf16", 99, 7),
+            (90, 128, "float32", "fp32", 99, 7),
+            (90, 20, "float32", "fp32", 227, 132),
+            (90, 80, "float32", "fp32", 227, 132),
         ):
+            memory = 1024 * kilobytes
+            triton_torch._shared_memory = lambda device: memory
+            triton_torch._processors = lambda device: processors
             half_or_whole = getattr(torch, dtype)
             blocks = triton_torch.Blocks()
             left = torch.zeros(1, rows, 4 * 1152, dtype=half_or_whole)
@@ -339,11 +387,22 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
                     | {"SIZE": 1152, "PARTS": 0, "UNITS": blocks.units},
                 ),
                 (triton_torch._multiply, product.options),
+                (
+                    triton_torch._step_back,
+                    {
+                        "SIZE": 1152,
+                        "PARTS": len(product.parts),
+                        "ROWS": product.options["ROWS"],
+                        "UNITS": blocks.units,
+                        "num_warps": blocks.warps,
+                        "num_stages": 1,
+                    },
+                ),
             ):
                 fixed = dict(options)
                 warps = fixed.pop("num_warps"), fixed.pop("num_stages")
                 kinds = {"step": "i32", "batch": "i32"}
-                kinds |= dict.fromkeys(("c", "parts"), "*fp32")
+                kinds |= dict.fromkeys(("c", "dc", "parts"), "*fp32")
                 kinds |= dict.fromkeys(fixed, "constexpr")
                 names = kernel.arg_names
                 compiled = triton.compile(
@@ -365,21 +424,21 @@ def test_it_compiles_for_gpus_with_little_shared_memory():
                 )
                 found.append(
                     [
-                        compiled.metadata.shared,
-                        "mma" in compiled.asm["ptx"],
-                        "cp.async" in compiled.asm["ptx"],
+                        compiled.metadata.shared <= memory,
+                        kernel is triton_torch._step_back
+                        or "mma" in compiled.asm["ptx"]
+                        and "cp.async" in compiled.asm["ptx"],
                     ]
                 )
         print(json.dumps(found))
     """
     done = in_new_process(code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    for shared, multiplies_on_tensor_cores, loads_ahead in json.loads(
-        done.stdout
-    ):
-        assert shared <= 99 * 1024
-        assert multiplies_on_tensor_cores
-        assert loads_ahead
+    found = json.loads(done.stdout)
+    assert len(found) == 15
+    for has_room, multiplies_on_tensor_cores_and_loads_ahead in found:
+        assert has_room
+        assert multiplies_on_tensor_cores_and_loads_ahead
 
 
 def test_the_doctor_takes_it_for_a_fast_one_on_a_gpu():

@@ -200,6 +200,11 @@ def main() -> None:
             "recurrence.py: needs KERAS_BACKEND=torch and a GPU that PyTorch "
             "sees; or TRITON_INTERPRET=1, for a check of the numbers alone."
         )
+    if os.environ.get("MULTILSTM_TRITON") == "1":
+        sys.exit(
+            "recurrence.py: MULTILSTM_TRITON=1 would put Triton in cuDNN's "
+            "place; leave it out."
+        )
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "device": ops.device_name(),

@@ -147,7 +147,10 @@ class RecordedSteps:
             self._record(key, batch)
         self.shapes_seen.add(key)
         if key not in self.graphs:
+            fixed = self._fixed() if self.graphs else None
             self._train(batch)
+            if self.graphs and self._fixed() != fixed:
+                self._forget()  # what graphs read is elsewhere now
             return False
         inputs, graph = self.graphs[key]
         for place, leaf in zip(inputs, leaves, strict=True):
@@ -155,14 +158,10 @@ class RecordedSteps:
         graph.replay()
         return True
 
-    @property
-    def _can_record(self) -> bool:
-        return not self.is_refused and len(self.graphs) < _MOST_GRAPHS
-
     def _train(self, batch: Any) -> None:
         token = _generator.set(self.generator)
         # By the same kernels in a step before the recording as in that.
-        recorded_token = is_recorded.set(self._can_record)
+        recorded_token = is_recorded.set(not self.is_refused)
         try:
             self.model.train_step(batch)
         finally:
@@ -171,7 +170,7 @@ class RecordedSteps:
 
     def _record(self, key: Any, batch: Any) -> None:
         """Makes the graph of a step; the step itself is not done by that."""
-        if not self._can_record:
+        if self.is_refused or len(self.graphs) >= _MOST_GRAPHS:
             return
         device = self.generator.device
         inputs = keras.tree.map_structure(

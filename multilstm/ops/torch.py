@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,6 +92,9 @@ def lstm_stack(
             _store_transposed(list(layer))
         return reference.stack(bfloat16_torch.lstm, x, states, weights)
     if _is_for_triton(x):
+        for layer in weights:
+            # So that neither an evaluation nor a step by cuDNN moves them.
+            _store_once_for_cudnn([layer])
         return reference.stack(_triton_torch().lstm, x, states, weights)
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.numel():  # what is empty says nothing of others
@@ -133,19 +137,35 @@ def lstm_stack(
 
 
 def _is_for_triton(x: Any) -> bool:
+    # A variable of a context is nothing for a compiler.
+    if _TRITON == "0" or torch.compiler.is_compiling():
+        return False
     if _TRITON == "1":
         return bool(_triton_torch().is_for(x))
-    if _TRITON == "0" or not (is_recorded.get() and x.is_cuda):
+    if not (is_recorded.get() and x.is_cuda):
         return False
+    triton_torch = _triton_torch_or_why_not()
+    return bool(
+        triton_torch and triton_torch.is_for(x) and triton_torch.is_faster(x)
+    )
+
+
+@lru_cache
+def _triton_torch_or_why_not() -> Any:
     try:
         triton_torch = _triton_torch()
-    except ImportError as error:
+        triton_torch.prepare()
+    except (
+        *(ImportError, OSError, RuntimeError),
+        subprocess.SubprocessError,  # of the compiler that it calls
+    ) as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
         explain_once(
-            "torch: LSTMs train by cuDNN, since Triton, which may be faster, "
-            f"cannot be imported ({error})."
+            "torch: LSTMs train by cuDNN, since Triton, which is faster, "
+            f"cannot start: {reason}"
         )
-        return False
-    return bool(triton_torch.is_for(x) and triton_torch.is_faster(x))
+        return None
+    return triton_torch
 
 
 def lstm_weights(weights: Any, dtype: str) -> Any:
@@ -181,10 +201,8 @@ def _in_torchs_order(weights: list[reference.Weights]) -> list[Any]:
     are_parameters = all(isinstance(t, torch.nn.Parameter) for t in flat)
     # What is stored for inference only could not be trained.
     if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
-        if are_parameters and _is_for_cudnn(flat[0]):
-            if not _fill_a_block(weights):
-                _store_for_cudnn(weights)
-        elif not _is_for_cudnn(flat[0]):
+        _store_once_for_cudnn(weights)
+        if not _is_for_cudnn(flat[0]):
             _store_transposed(flat)
     if not are_parameters and _is_for_cudnn(flat[0]):
         return _pack_for_cudnn(weights)
@@ -244,6 +262,17 @@ def _pack_for_cudnn(weights: list[reference.Weights]) -> list[Any]:
         for group in (matrices, biases)
         for tensor in group[2 * layer : 2 * layer + 2]
     ]
+
+
+def _store_once_for_cudnn(weights: list[reference.Weights]) -> None:
+    """Stores parameters in a block of their own, if they are in none."""
+    flat = [tensor for layer in weights for tensor in layer]
+    if (
+        all(isinstance(tensor, torch.nn.Parameter) for tensor in flat)
+        and _is_for_cudnn(flat[0])
+        and not _fill_a_block(weights)
+    ):
+        _store_for_cudnn(weights)
 
 
 @torch.no_grad()

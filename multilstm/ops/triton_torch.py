@@ -71,14 +71,24 @@ def is_for(x: Any) -> bool:
     )
 
 
+def prepare() -> None:
+    """Raises what a first launch would where there is no compiler, say."""
+    if torch.cuda.is_available():
+        _ = triton.runtime.driver.active.utils  # in C, compiled when needed
+
+
 def is_faster(x: Any) -> bool:
     """Whether that has been seen to be faster than cuDNN, once recorded.
 
-    So it was on an H200 for 20 and 80 rows of 650 and 1,150 units, in TF32
-    and in bfloat16, not for products in whole float32, for which there are no
-    tensor cores.
+    So it was on an H200 for 20 rows of 650 and 20 and 80 rows of 1,150 units
+    in TF32, and in bfloat16 for the first and the last of these; not for
+    products in whole float32, for which there are no tensor cores.
     """
-    is_tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    is_tf32 = (
+        x.dtype == torch.float32
+        and torch.backends.cudnn.allow_tf32
+        and torch.get_float32_matmul_precision() != "highest"
+    )
     return bool(
         torch.version.cuda
         and torch.cuda.get_device_capability(x.device) == (9, 0)
@@ -156,15 +166,16 @@ class _Recurrence(torch.autograd.Function):
         parts = product.parts if product else sums  # which nothing reads
         options = _options(blocks, batch, h, 4 * blocks.units)
         grid = units // blocks.units, triton.cdiv(batch, options["ROWS"])
-        for step in range(time):
-            if product:
-                product(step)
-            _step[grid](
-                *(step, batch, sums, gates, h, c, rows, parts, units),
-                PARTS=len(parts) if product else 0,
-                UNITS=blocks.units,
-                **options,
-            )
+        with torch.cuda.device_of(sums):  # not that which is current
+            for step in range(time):
+                if product:
+                    product(step)
+                _step[grid](
+                    *(step, batch, sums, gates, h, c, rows, parts, units),
+                    PARTS=len(parts) if product else 0,
+                    UNITS=blocks.units,
+                    **options,
+                )
         ctx.save_for_backward(gates, h, c, kernel)
         ctx.blocks = blocks
         ctx.set_materialize_grads(False)
