@@ -1115,6 +1115,23 @@ def test_commands_bench_choose_and_report(pretend, tmp_path, capsys):
     assert choice["backend"] == BACKEND
 
 
+def test_what_was_measured_is_kept_where_nothing_counts(
+    pretend, tmp_path, capsys
+):
+    kept = tmp_path / "bench.json"
+    worker = str(pretend(0.1, fault="raises"))
+    arguments = ["bench", "--python", f"{BACKEND}={worker}", "--rounds", "1"]
+    arguments += ["--out", str(tmp_path)]
+    assert main(arguments) == 1
+    assert kept.exists()  # what went wrong is worth more than nothing
+    kept.write_text("measured")
+    assert main(arguments) == 1
+    assert kept.read_text() == "measured"
+    assert f"{kept} is kept as it was" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(tmp_path / "no.keras")]) == 1
+    assert "--model must be a file" in capsys.readouterr().err
+
+
 def test_peers_of_each_backend_have_rows_and_no_rank(pretend, tmp_path, capsys):
     python = ["--python", f"{BACKEND}={pretend(0.1)}", "--rounds", "1"]
     status = main(["bench", *python, "--peers", "--out", str(tmp_path)])
@@ -1140,6 +1157,7 @@ def test_choice_is_kept_and_written_for_keras(
 
 
 def test_model_of_ones_own_has_its_python_and_length(pretend, tmp_path, capsys):
+    (tmp_path / "model.keras").touch()
     status = main(
         [
             *("bench", "--model", str(tmp_path / "model.keras")),

@@ -270,8 +270,9 @@ def test_methods_of_another_command_are_kept_where_they_compare(
     assert both["methods"]["cache"] == first["methods"]["cache"]
     both["weights_sha256"] = "of another run"
     (run_folder / "adapted.json").write_text(json.dumps(both))
+    both["backend"] = "another"
     assert list(adapt("temperature")["methods"]) == ["temperature"]
-    assert "of another weights_sha256" in caplog.text
+    assert "of other weights" in caplog.text
     for damage, said in (
         ("{", "adapted.json cannot be read"),
         (json.dumps(first | {"methods": None}), "json must have `methods`"),
@@ -280,6 +281,46 @@ def test_methods_of_another_command_are_kept_where_they_compare(
         status, _, err = command("evaluate", run_folder, "--adapt", "cache")
         assert status == 1
         assert said in err
+
+
+def test_what_another_backend_measured_is_kept_as_its_own(
+    command, run_folder, caplog
+):
+    path = run_folder / "adapted.json"
+    command("evaluate", run_folder, "--adapt", "cache")
+    before = json.loads(path.read_text())
+    for name in ("backend", "device", "precision"):  # as files were once
+        before[name] = "another"
+        del before["methods"]["cache"][name]
+    path.write_text(json.dumps(before))
+    for method in ("temperature", "dropout"):
+        command(
+            *("evaluate", run_folder, "--adapt", method),
+            *(("--num-samples", 1) if method == "dropout" else ()),
+        )
+    kept = json.loads(path.read_text())
+    assert kept["backend"] == BACKEND
+    assert {m: v["backend"] for m, v in kept["methods"].items()} == {
+        "cache": "another",
+        "temperature": BACKEND,
+        "dropout": BACKEND,
+    }
+    assert not caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_it_takes_time(
+    command, run_folder, monkeypatch
+):
+    from multilstm import adaptation, files
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(adaptation, "adapt", None)
+    monkeypatch.setattr(files.Path, "touch", refuse)
+    status, _, err = command("evaluate", run_folder, "--adapt", "cache")
+    assert status == 1
+    assert "must be a folder that can be written to" in err
 
 
 def test_what_another_command_measured_in_the_meantime_is_kept(
@@ -378,6 +419,19 @@ def test_what_cannot_be_adapted_is_explained(
     (line,) = err.splitlines()[-1:]
     assert message in line
     assert not (run_folder / "adapted.json").exists()
+
+
+def test_predict_prints_nothing_where_a_text_is_too_short(command, run_folder):
+    _, _, config = load_run(run_folder)
+    corpus = load_corpus(config["corpus"])
+    beyond_test = len(corpus.test)
+    assert beyond_test + 2 < len(corpus.train)
+    status, lines, err = command(
+        "predict", run_folder, "--start", beyond_test, "--num-words", 1
+    )
+    assert status == 1
+    assert "error: The test text: " in err
+    assert not any("words:" in line for line in lines)
 
 
 def test_predict_prints_actual_beside_predicted_words(command, run_folder):

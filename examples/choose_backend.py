@@ -2,13 +2,18 @@
 
     python examples/choose_backend.py
 
-Backends are looked for in this Python's environment and in those of nox. The
-choice is kept: `multilstm train` takes it too where nothing names a backend.
+Backends are looked for in this Python's environment and in those of nox, in
+the folder `.nox` of where this is started: start it in the clone. The choice is
+kept: `multilstm train` takes it too where nothing names a backend.
 `KERAS_BACKEND`, where it is set, goes before the choice, here too.
 """
 
+import argparse
+
 from multilstm.bench import bench, choose, make_shapes
 from multilstm.selection import find_pythons, select_backend
+
+argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
 
 # The network to train, and its batches.
 shapes = make_shapes(

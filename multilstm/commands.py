@@ -155,6 +155,11 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
     if options.model is not None:
         sizes = ("units", "layers", "embedding_dim", "vocabulary_size")
         refuse(options, sizes, "beside --model, which has its own")
+        if not options.model.is_file():
+            raise UserError(
+                "--model must be a file that Keras saved; there is none at "
+                f"{options.model}."
+            )
     shapes = _shapes(options, _batch_sizes(options.batch_size))
     how = _how_to_measure(options)
     check_folder(options.out)
@@ -168,10 +173,17 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
     for table in bench_tables(result):
         console.print(table)
     _print_verdicts(result, console)
-    write_json(options.out / "bench.json", finite_or_none(result))
+    out = options.out / "bench.json"
+    none_counts = not any(record.get("agrees") for record in result["results"])
+    if none_counts and out.exists():
+        raise UserError(
+            "No backend gave a time that counts; see the table. "
+            f"{out} is kept as it was."
+        )
+    write_json(out, finite_or_none(result))
     write_report([result], options.out)
-    console.print(f"{options.out / 'bench.json'}, report.html, .md and .png")
-    if not any(record.get("agrees") for record in result["results"]):
+    console.print(f"{out}, report.html, .md and .png")
+    if none_counts:
         raise UserError("No backend gave a time that counts; see the table.")
     return result
 

@@ -14,7 +14,12 @@ from multilstm.commands import plain, refuse, telling
 from multilstm.corpus import tokenize
 from multilstm.errors import UserError, WriteError
 from multilstm.evaluation import evaluate
-from multilstm.files import finite_or_none, read_json, write_json
+from multilstm.files import (
+    check_folder,
+    finite_or_none,
+    read_json,
+    write_json,
+)
 from multilstm.generation import generate, predict_next_words
 from multilstm.ops import last_kernel
 from multilstm.options import Evaluate, Generate, Predict, Train
@@ -29,6 +34,9 @@ from multilstm.runs import (
 )
 from multilstm.training import train
 from multilstm.tuning import show_settings
+
+# Where a method's figures were measured; others may be another backend's.
+_OF_A_METHOD = ("backend", "device", "versions", "precision", "kernel")
 
 
 def run_train(options: Train, console: Console) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     corpus = load_run_corpus(config, options.data, options.corpus)
     folder = RunFolder(options.run)
     path = folder.adapted
+    check_folder(folder.path)
     record: dict[str, Any] = {
         "run": str(options.run),
         **describe_environment(),
@@ -107,8 +116,8 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         "corpus": corpus.name,
         "weights_sha256": weights_sha256(model),
     }
-    of_run = {k: v for k, v in record.items() if k not in ("run", "kernel")}
-    _earlier_methods(path, of_run)  # what cannot be read is told at once
+    # What cannot be read, or is of another run, is told at once.
+    _earlier_methods(path, record, tell=True)
 
     def keep(result: dict[str, Any]) -> None:
         """Writes what there is so far: some methods take long.
@@ -121,8 +130,10 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
                 "removed or moved. Nothing is written to it."
             )
         record.update(result, kernel=last_kernel())
-        earlier = _earlier_methods(path, of_run)
-        record["methods"] = earlier | result["methods"]
+        here = {name: record[name] for name in _OF_A_METHOD}
+        record["methods"] = _earlier_methods(path, record) | {
+            name: here | figures for name, figures in result["methods"].items()
+        }
         record["plain"]["protocol"] = describe_protocol(
             preset_of(config), config
         )
@@ -147,8 +158,10 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     return record
 
 
-def _earlier_methods(path: Path, of_run: dict[str, Any]) -> dict[str, Any]:
-    """What other commands measured of the same run in the same way."""
+def _earlier_methods(
+    path: Path, record: dict[str, Any], *, tell: bool = False
+) -> dict[str, Any]:
+    """What other commands measured of the same run, each with where."""
     if not path.exists():
         return {}
     before = read_json(path, schema=adaptation.SCHEMA)
@@ -157,14 +170,16 @@ def _earlier_methods(path: Path, of_run: dict[str, Any]) -> dict[str, Any]:
             f"{path} must have `methods`; it has none. Remove it and measure "
             "again."
         )
-    for name, value in of_run.items():
-        if before.get(name) != value:
+    if before.get("weights_sha256") != record["weights_sha256"]:
+        if tell:
             logging.getLogger("multilstm").warning(
-                "%s is of another %s, so it is written anew.", path, name
+                "%s is of other weights, so it is written anew.", path
             )
-            return {}
-    methods: dict[str, Any] = before["methods"]
-    return methods
+        return {}
+    there = {name: before.get(name) for name in _OF_A_METHOD}
+    return {
+        name: there | figures for name, figures in before["methods"].items()
+    }
 
 
 def adaptation_table(result: dict[str, Any]) -> Table:
@@ -187,20 +202,22 @@ def run_predict(options: Predict, console: Console) -> dict[str, Any]:
     model, vocabulary, config = load_run(options.run)
     corpus = load_run_corpus(config, options.data, options.corpus)
     record: dict[str, Any] = {"run": str(options.run)}
-    for split, title in (("train", "Training data"), ("test", "Test data")):
-        actual, predicted = (
-            vocabulary.decode(ids)
-            for ids in predict_next_words(
+    for split in ("train", "test"):
+        try:
+            of_both = predict_next_words(
                 model,
                 corpus.split(split),
                 start=options.start,
                 num_words=options.num_words,
             )
-        )
-        console.print(f"{title}:", style="bold")
-        _print_words(console, "Actual words:   ", actual)
-        _print_words(console, "Predicted words:", predicted)
+        except UserError as error:
+            raise UserError(f"The {split} text: {error}") from error
+        actual, predicted = (vocabulary.decode(ids) for ids in of_both)
         record[split] = {"actual": actual, "predicted": predicted}
+    for split, title in (("train", "Training data"), ("test", "Test data")):
+        console.print(f"{title}:", style="bold")
+        _print_words(console, "Actual words:   ", record[split]["actual"])
+        _print_words(console, "Predicted words:", record[split]["predicted"])
     return record
 
 

@@ -122,8 +122,8 @@ def load_run_corpus(
     data = load_corpus_of(config, data_folder)
     if data.sha256 != config.get("corpus_sha256"):
         raise UserError(
-            f"The run was trained on a corpus {data.name!r} with another "
-            "text (its checksums differ). Give it the same files, with "
+            f"The run was trained on another text than that of {data.name!r} "
+            "now (its checksums differ). Give it the same files, with "
             "--corpus if they have moved; python-docs changes with the "
             "version of Python."
         )

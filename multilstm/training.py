@@ -599,7 +599,8 @@ def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
             "The run to start from must have the same architecture and "
             f"vocabulary; {run}, {config['preset']} on {config['corpus']}, has "
             f"others than {model.preset} on {data.name}. Give a run of the "
-            "same preset and corpus (--corpus)."
+            "same preset, corpus (--corpus), vocabulary (--max-vocabulary) "
+            "and softmax (--softmax, --cutoffs)."
         )
     model.set_weights(trained.get_weights())
 
