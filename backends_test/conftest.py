@@ -1,6 +1,7 @@
 """A test run is for the one backend that KERAS_BACKEND names."""
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ settings.register_profile(
     "same", derandomize=True, database=None, deadline=None
 )
 settings.load_profile("same")
+
+# TensorFlow warns when functions of several tests were traced in one process;
+# which tests those are depends on the number of processes.
+logging.getLogger("tensorflow").addFilter(
+    lambda record: "triggered tf.function retracing" not in record.getMessage()
+)
 
 # What a launcher, a terminal or a proxy may have left in the environment.
 _FROM_OUTSIDE = (
