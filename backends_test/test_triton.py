@@ -233,7 +233,7 @@ def test_it_is_faster_where_that_was_measured(triton_torch, monkeypatch):
         ImportError("No module named 'triton'"),
         RuntimeError("Failed to find C compiler.\nGive one."),
         subprocess.CalledProcessError(1, "gcc"),
-        PermissionError(13, "Permission denied", "/root/.triton"),
+        PermissionError(13, "Permission denied"),
     ],
 )
 def test_where_triton_cannot_start_steps_are_cudnns_and_one_line_says_so(

@@ -28,7 +28,6 @@ if _TRITON not in ("recorded", "0", "1"):
 is_recorded: ContextVar[bool] = ContextVar("is_recorded", default=False)
 
 
-@lru_cache
 def _triton_torch() -> Any:
     return importlib.import_module("multilstm.ops.triton_torch")
 
@@ -156,7 +155,9 @@ def _triton_torch_or_why_not() -> Any:
         triton_torch = _triton_torch()
         triton_torch.prepare()
     except (
-        *(ImportError, OSError, RuntimeError),
+        ImportError,
+        OSError,
+        RuntimeError,
         subprocess.SubprocessError,  # of the compiler that it calls
     ) as error:
         reason = next(iter(str(error).splitlines()), repr(error))
