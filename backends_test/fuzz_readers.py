@@ -29,10 +29,11 @@ import numpy as np
 
 with atheris.instrument_imports(include=["multilstm"]):
     from multilstm import LanguageModel, Vocabulary, corpus
+    from multilstm.checkpoint import Progress
     from multilstm.choices import CHOICE_SCHEMA, SIZES, find_choice
     from multilstm.errors import UserError
     from multilstm.report import read_results
-    from multilstm.run_folder import Progress, RunFolder
+    from multilstm.run_folder import RunFolder
     from multilstm.runs import load_run
 
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from multilstm.checkpoint import History, Progress
 from multilstm.corpus import Corpus
 from multilstm.dataset import VariableStreams
 from multilstm.errors import UserError
@@ -23,7 +24,8 @@ from multilstm.launch import was_orphaned
 from multilstm.model import LanguageModel
 from multilstm.ops import Devices, last_kernel, sync_variables
 from multilstm.presets import Preset
-from multilstm.run_folder import History, Progress, RunFolder
+from multilstm.run_folder import RunFolder
+from multilstm.weights_file import check_weights, describe_weights
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +118,8 @@ class Keeper(keras.callbacks.Callback):
                 logger.warning("%s is gone. %s", path, _WRITTEN_ANEW)
             return math.inf
         try:
-            self.folder.check_best_weights()
-            best = self.folder.describe_best_weights()
+            check_weights(path)
+            best = describe_weights(path)
         except UserError as error:
             if getattr(error.__cause__, "errno", None):
                 raise  # the system refuses it now; it may be whole

@@ -14,32 +14,27 @@ renamed. None is a pickle. One process at a time trains here.
 """
 
 import csv
-import hashlib
 import io
 import json
 import logging
-import math
 import os
-import re
 import socket
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import filelock
-import h5py
 import keras
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from multilstm import checkpoint
+from multilstm.checkpoint import History, Progress
 from multilstm.errors import UserError, WriteError
 from multilstm.files import (
     flush,
@@ -54,32 +49,11 @@ from multilstm.files import (
 from multilstm.ops import Devices
 from multilstm.presets import CONFIG_SCHEMA
 from multilstm.vocabulary import Vocabulary
+from multilstm.weights_file import describe_weights, write_weights
 
-CHECKPOINT_SCHEMA = "multilstm-checkpoint-2"
 RESULT_SCHEMA = "multilstm-result-1"
 
-_CHECKSUM = "multilstm_sha256"  # an attribute of the file of weights
-_ROOM_OF_H5 = 1 << 16  # bytes besides the weights; 2 KB for each was seen
-
 logger = logging.getLogger(__name__)
-
-History = list[dict[str, float]]
-_Kinds = dict[str, tuple[tuple[int, ...], str]]  # shape and kind by name
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        history: One row for each epoch that is done.
-        num_batches: Batches done of the epoch after those.
-        seconds: What these batches took.
-    """
-
-    history: History = field(default_factory=list)
-    num_batches: int = 0
-    seconds: float = 0.0
 
 
 class RunFolder:
@@ -260,7 +234,7 @@ class RunFolder:
 
     def num_epochs_told(self) -> int:
         """How many epochs the history and the best weights tell of."""
-        epochs = int(self.describe_best_weights().get("epoch", 0))
+        epochs = int(describe_weights(self.best_weights).get("epoch", 0))
         if self.history.exists():
             text = read_or_explain(self.history, self.history.read_text)
             epochs = max(epochs, len(text.splitlines()) - 1)
@@ -295,14 +269,10 @@ class RunFolder:
                 `writing_behind` it may be of the checkpoint before this one.
         """
         self.wait_for_checkpoint()
-        arrays = self._read_state(model)
+        arrays = checkpoint.read_state(model, self.devices)
         if self.devices.rank:
             return
-        about = {
-            "schema": CHECKPOINT_SCHEMA,
-            "backend": keras.config.backend(),
-            **asdict(reached),
-        }
+        about = checkpoint.describe(reached)
         if self._writer is not None:
             # Training goes on, and may write to what a variable showed; what
             # owns its data is a copy already.
@@ -351,11 +321,9 @@ class RunFolder:
     def _write_checkpoint(
         self, about: dict[str, Any], arrays: dict[str, Any]
     ) -> None:
-        text = json.dumps(about | {"sha256": _sha256(about, arrays)})
         with self.replacing(self.checkpoint) as temporary:
-            np.savez(temporary, about=text, **arrays)
             try:
-                read_or_explain(temporary, lambda: _read_npz(temporary))
+                checkpoint.write(temporary, about, arrays)
             except UserError as error:
                 raise WriteError(
                     f"{self.checkpoint} must read as it was written; it does "
@@ -364,118 +332,6 @@ class RunFolder:
             if self.checkpoint.exists():
                 flush(temporary)
                 self.checkpoint.replace(self.previous_checkpoint)
-
-    def _needed(self, state: Mapping[str, Any]) -> _Kinds:
-        """What a checkpoint must hold: the rows of all devices."""
-        needed = {name: _shape_and_kind(v) for name, v in state.items()}
-        for name, variable in state.items():
-            if getattr(variable, "is_carried_state", False):
-                (rows, *rest), kind = needed[name]
-                needed[name] = (rows * self.devices.num_parts, *rest), kind
-        return needed
-
-    def _read_state(self, model: Any) -> dict[str, Any]:
-        """The state of all devices, as one would have it."""
-        arrays: dict[str, Any] = {}
-        for name, variable in _state_of(model).items():
-            if getattr(variable, "is_carried_state", False):
-                array = self.devices.all_rows(variable)
-            elif name.startswith("metrics/"):
-                array = self.devices.whole_sum(variable).astype(variable.dtype)
-            else:
-                array = keras.ops.convert_to_numpy(variable)
-            arrays[name] = np.asarray(array)
-        return arrays
-
-    def _assign_state(
-        self, state: Mapping[str, Any], arrays: Mapping[str, Any]
-    ) -> None:
-        for name, variable in state.items():
-            array = arrays[name]
-            if getattr(variable, "is_carried_state", False):
-                self.devices.assign_rows(variable, array)
-            elif name.startswith("metrics/"):
-                self.devices.assign_sum(variable, array)
-            else:
-                variable.assign(array)
-
-    def save_best_weights(
-        self, model: Any, epoch: int, valid_perplexity: float
-    ) -> None:
-        """Writes a model's weights, as Keras does, with their checksum.
-
-        And what they are, since a run that is killed before its checkpoint
-        has no such epoch in its history.
-        """
-        if self.devices.rank:
-            return
-        with (
-            self.replacing(self.best_weights) as temporary,
-            _telling_errors_of_h5py(),
-        ):
-            _find_room(temporary, 4 * model.count_params() + _ROOM_OF_H5)
-            model.save_weights(temporary, overwrite=True)
-            with h5py.File(temporary, "r+") as file:
-                file.attrs[_CHECKSUM] = _sha256_of_h5(file)
-                file.attrs["epoch"] = epoch
-                file.attrs["valid_perplexity"] = valid_perplexity
-
-    def describe_best_weights(self) -> dict[str, float]:
-        """Epoch and validation perplexity of what `save_best_weights` wrote.
-
-        Empty where it has written nothing yet.
-
-        Raises:
-            UserError: If the file is broken.
-        """
-        if not self.best_weights.exists():
-            return {}
-
-        def read() -> dict[str, float]:
-            with h5py.File(self.best_weights) as file:
-                return {
-                    "epoch": int(file.attrs["epoch"]),
-                    "valid_perplexity": float(file.attrs["valid_perplexity"]),
-                }
-
-        about: dict[str, float] = read_or_explain(self.best_weights, read)
-        return about
-
-    def check_best_weights(self) -> None:
-        """Reads all of what `save_best_weights` wrote.
-
-        Raises:
-            UserError: If the file is broken, or links to others.
-        """
-        path = self.best_weights
-
-        def check() -> None:
-            with h5py.File(path) as file:
-                sha256 = file.attrs.get(_CHECKSUM)
-                if sha256 is None:
-                    raise ValueError("it has no checksum")
-                if sha256 != _sha256_of_h5(file):
-                    raise ValueError("its checksum is not that of its content")
-
-        read_or_explain(path, check)
-
-    def load_best_weights(self, model: Any) -> None:
-        """Reads what `save_best_weights` wrote, into a model that is built.
-
-        Raises:
-            UserError: If the file is broken, links to others, or holds other
-                weights than this model has.
-        """
-        path = self.best_weights
-        self.check_best_weights()
-        try:
-            model.load_weights(path)
-        except (OSError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).splitlines()), repr(error))
-            raise UserError(
-                f"{path} must hold the weights of this run's model; it holds "
-                f"others: {reason} Both must come from one run."
-            ) from error
 
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.
@@ -488,15 +344,14 @@ class RunFolder:
                 is the state of another model.
         """
         last, previous = self.checkpoint, self.previous_checkpoint
-        state = _state_of(model)
         if not last.exists() and previous.exists():
             last = previous  # the process was ended between two renames
         try:
-            about, arrays = _read_checkpoint(last, self._needed(state))
-        except _DamagedError as error:
+            about, arrays = checkpoint.read(last, model, self.devices)
+        except checkpoint.DamagedError as error:
             if last == previous or not previous.exists():
                 raise
-            about, arrays = _read_checkpoint(previous, self._needed(state))
+            about, arrays = checkpoint.read(previous, model, self.devices)
             damaged = last.with_name("damaged.npz")
             if not self.devices.rank:
                 last.replace(damaged)
@@ -506,7 +361,7 @@ class RunFolder:
                 error,
                 damaged,
             )
-        self._assign_state(state, arrays)
+        checkpoint.assign_state(model, arrays, self.devices)
         backend = keras.config.backend()
         if about["backend"] != backend:
             logger.warning(
@@ -518,6 +373,24 @@ class RunFolder:
         return Progress(
             about["history"], about["num_batches"], about["seconds"]
         )
+
+    def save_best_weights(
+        self, model: Any, epoch: int, valid_perplexity: float
+    ) -> None:
+        """Writes a model's weights and what they are.
+
+        A run that is killed before its checkpoint has no such epoch in its
+        history.
+        """
+        if self.devices.rank:
+            return
+        with self.replacing(self.best_weights) as temporary:
+            write_weights(
+                temporary,
+                model,
+                epoch=epoch,
+                valid_perplexity=valid_perplexity,
+            )
 
 
 def draw_curves(histories: dict[str, History]) -> Figure:
@@ -542,179 +415,3 @@ def draw_curves(histories: dict[str, History]) -> Figure:
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     return figure
-
-
-def _find_room(path: Path, num_bytes: int) -> None:
-    """Lets the system refuse what HDF5 would end the process for.
-
-    Where it is the last bytes of a file that the disk has no room for, HDF5
-    fails in its own clearing up, with a segmentation fault among others.
-    """
-    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-
-
-@contextmanager
-def _telling_errors_of_h5py() -> Iterator[None]:
-    """What the system refuses at the end of a file is no OSError there."""
-    try:
-        yield
-    except RuntimeError as error:
-        found = re.search(r"errno = (\d+)", str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number)) from error
-
-
-def _state_of(model: Any) -> dict[str, Any]:
-    """Every variable that training goes on from, under its place's name."""
-    groups = {
-        "model": model.variables,
-        "optimizer": model.optimizer.variables,
-        "metrics": model.metrics_variables,
-    }
-    return {
-        f"{group}/{number}": variable
-        for group, variables in groups.items()
-        for number, variable in enumerate(variables)
-    }
-
-
-class _OtherSchemaError(ValueError):
-    """A checkpoint of another version."""
-
-
-class _DamagedError(UserError):
-    """A checkpoint that cannot be read, or is not what was written."""
-
-
-def _read_checkpoint(
-    path: Path, needed: _Kinds
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what is the state of this model, or says why it is not."""
-    try:
-        about, arrays = read_or_explain(path, lambda: _read_npz(path))
-    except UserError as error:
-        # Neither is a reason to go back to the one before.
-        if isinstance(error.__cause__, OSError | _OtherSchemaError):
-            raise
-        raise _DamagedError(str(error)) from error
-    found = {name: _shape_and_kind(array) for name, array in arrays.items()}
-    if needed != found:
-        differing = sorted(
-            name
-            for name in needed.keys() | found.keys()
-            if needed.get(name) != found.get(name)
-        )
-        raise UserError(
-            f"{path} must hold the state of this model; it differs in "
-            f"{', '.join(differing[:3])}. Resume with the settings that "
-            "the run was started with."
-        )
-    return about, arrays
-
-
-def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads arrays only after their headers were found possible.
-
-    A header may claim any size, for which NumPy would take the memory.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            _check_header(archive, member)
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
-        arrays = {name: npz[name] for name in npz.files}
-    about = _check_about(json.loads(str(arrays.pop("about"))))
-    sha256 = about.pop("sha256")
-    if sha256 != _sha256(about, arrays):
-        raise ValueError("its checksum is not that of its content")
-    return about, arrays
-
-
-def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Refuses an array that is larger than the file has it."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{member.filename!r} is compressed")
-    with archive.open(member) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{member.filename!r} is no array of version 1.0")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{member.filename!r} claims too large an array")
-
-
-def _kind(dtype: np.dtype[Any]) -> str:
-    """What backends agree upon: their seeds are not all of one width."""
-    return "i" if dtype.kind in "iu" else dtype.kind
-
-
-def _shape_and_kind(variable: Any) -> tuple[tuple[int, ...], str]:
-    return tuple(variable.shape), _kind(np.dtype(variable.dtype))
-
-
-def _check_about(about: Any) -> dict[str, Any]:
-    """What stands beside the arrays, each of the kind that it must be."""
-    schema = about.get("schema") if isinstance(about, dict) else None
-    if schema != CHECKPOINT_SCHEMA:
-        raise _OtherSchemaError(
-            f"its schema is {schema!r}, not {CHECKPOINT_SCHEMA!r}"
-        )
-    kinds = {
-        "backend": str,
-        "sha256": str,
-        "history": list,
-        "num_batches": int,
-        "seconds": float,
-    }
-    for name, kind in kinds.items():
-        if not isinstance(about.get(name), kind):
-            raise ValueError(f"its {name!r} is no {kind.__name__}")
-    if about["num_batches"] < 0:
-        raise ValueError("its 'num_batches' is below 0")
-    for row in about["history"]:
-        numbers = row.values() if isinstance(row, dict) else [None]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("its history has a row that is not of numbers")
-    return dict(about)
-
-
-def _sha256(about: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
-def _sha256_of_h5(file: h5py.File) -> str:
-    """The checksum of all arrays of a file, with their names and shapes.
-
-    Only what lies in the file itself is read: no link, no array that is kept
-    elsewhere or made from others.
-    """
-    digest = hashlib.sha256()
-
-    def add(group: h5py.Group) -> None:
-        for name in sorted(group):
-            link = group.get(name, getlink=True)
-            item = group[name] if isinstance(link, h5py.HardLink) else None
-            if isinstance(item, h5py.Group):
-                add(item)
-                continue
-            if (
-                not isinstance(item, h5py.Dataset)
-                or item.external
-                or item.is_virtual
-                or item.chunks is not None
-            ):
-                raise ValueError(f"{name!r} in it is no plain array")
-            if item.dtype.kind not in "fiub":
-                raise ValueError(f"{name!r} in it is not of numbers")
-            digest.update(f"{item.name} {item.dtype.str} {item.shape}".encode())
-            digest.update(np.ascontiguousarray(item[()]).data)
-
-    add(file)
-    return digest.hexdigest()

@@ -25,6 +25,7 @@ from multilstm.ops import device_name, last_kernel
 from multilstm.presets import Preset
 from multilstm.run_folder import RunFolder
 from multilstm.vocabulary import Vocabulary
+from multilstm.weights_file import load_weights
 
 DEFAULTS: dict[str, Any] = {
     "preset": "small",
@@ -81,7 +82,7 @@ def load_run(
             model = LanguageModel(**config["model"] | {"carry_state": False})
             _check_fits(model, vocabulary, folder)
             model.build((None, None))
-        folder.load_best_weights(model)
+        load_weights(folder.best_weights, model)
     return model, vocabulary, config
 
 

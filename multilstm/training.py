@@ -22,6 +22,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from multilstm.checkpoint import History, Progress
 from multilstm.corpus import Corpus
 from multilstm.dataset import (
     ContinuousStreams,
@@ -56,12 +57,7 @@ from multilstm.optimizers import make_optimizer
 from multilstm.presets import Preset, find_preset, preset_of
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
-from multilstm.run_folder import (
-    RESULT_SCHEMA,
-    History,
-    Progress,
-    RunFolder,
-)
+from multilstm.run_folder import RESULT_SCHEMA, RunFolder
 from multilstm.runs import (
     DEFAULTS,
     check_corpus_is_there,
@@ -75,6 +71,7 @@ from multilstm.runs import (
     weights_sha256,
 )
 from multilstm.vocabulary import UnknownWords
+from multilstm.weights_file import describe_weights
 
 logger = logging.getLogger(__name__)
 
@@ -790,7 +787,7 @@ def _finish(
     folder, data, history = keeper.folder, keeper.data, keeper.history
     # There are none where it was stopped in its first epoch, or before.
     has_best = math.isfinite(keeper.best_perplexity)
-    best = folder.describe_best_weights() if has_best else {}
+    best = describe_weights(folder.best_weights) if has_best else {}
     result: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "status": "interrupted" if keeper.interrupted else "finished",
