@@ -2,45 +2,32 @@
 
 import dataclasses
 import json
-import os
 import runpy
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from test_ranking import TINY, timed
 
 import multilstm
-from multilstm import PRESETS, benchmark, choices, devices, selection
+from multilstm import PRESETS, benchmark, devices, selection
 from multilstm import bench as bench_module
 from multilstm.__main__ import main
-from multilstm.bench import (
-    BENCH_SCHEMA,
-    bench,
-    choose,
-    first_batch,
-    first_loss,
-    judge,
-    make_shapes,
-    rank,
-    valid_choice,
-)
-from multilstm.benchmark import Shape, Worker, WorkerError, load_model
-from multilstm.doctor import advise, doctor
+from multilstm.bench import BENCH_SCHEMA, bench, make_shapes
+from multilstm.benchmark import Worker, WorkerError, load_model
 from multilstm.errors import UserError, WriteError
 from multilstm.files import write_json
 from multilstm.native_loops import draw_weights
 from multilstm.presets import CONFIG_SCHEMA
-from multilstm.report import doctor_lines
-from multilstm.selection import installed_versions, select_backend
+from multilstm.ranking import PEERS, by_shape, first_loss
+from multilstm.selection import installed_versions
 from multilstm.workers import WorkerProcess
 
 BACKEND = keras.config.backend()
 EXAMPLE = Path(__file__).parents[1] / "examples" / "choose_backend.py"
-TINY = Shape("tiny", (6, 6), 6, 3, 4, 20)
 
 
 def script(folder, name, code):
@@ -283,193 +270,11 @@ def test_nothing_to_run_is_refused():
 # The gate
 
 
-def timed(backend="jax", windows=(10.0, 10.0, 10.0), **about):
-    """A record as `bench` makes them, for a step of 12 words."""
-    median = float(np.median(windows))
-    return {
-        "backend": backend,
-        "variant": "ours",
-        "shape": dataclasses.asdict(TINY),
-        "dtype": "float32",
-        "installed": True,
-        "versions": {"keras": "3.15.1"},
-        "kernel": f"{backend}: loop",
-        "losses": [3.0, 2.9, 2.8, 2.7, 2.6, 2.5],
-        "product_error": 2e-7,
-        "compile_time_seconds": 1.0,
-        "peak_memory_mb": 500.0,
-        "peak_device_memory_mb": None,
-        "joules_per_million_tokens": None,
-        "windows_ms": [[float(ms)] for ms in windows],
-        "step_time_ms": dict.fromkeys(("median", "p20", "p80", "min"), median),
-        "tokens_per_second": 12_000 / median,
-        "agrees": True,
-        "disagrees": None,
-        "rank": None,
-        **about,
-    }
-
-
-@pytest.mark.parametrize(
-    ("about", "said"),
-    [
-        ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, 2.51]}, "from those of the"),
-        ({"losses": [3.0, 2.9, 2.8, 2.7, 2.6, float("nan")]}, "of the others"),
-        ({"product_error": 3e-4}, "not float32"),
-        ({"steady": False}, "from one process to the next"),
-        ({"is_random": True, "losses": [float("inf")] * 6}, "no numbers"),
-    ],
-)
-def test_other_numbers_are_shown_and_not_ranked(about, said):
-    others = [timed("jax"), timed("torch")]
-    wrong = timed("tensorflow", windows=(1.0, 1.0, 1.0), **about)
-    judge([*others, wrong], 3.0, "float32")
-    rank([*others, wrong])
-    assert said in wrong["disagrees"]
-    assert wrong["rank"] is None
-    assert [record["agrees"] for record in others] == [True, True]
-
-
-def test_one_alone_is_held_against_numpy():
-    record = timed()
-    judge([record], 3.0 * 1.002, "float32")
-    assert "its first loss is 2.0e-03 from NumPy's" in record["disagrees"]
-
-
-def test_losses_that_fall_to_nothing_are_compared_as_the_first():
-    """A rounding of 1e-5 is 2e-3 of the last."""
-    records = [
-        timed(losses=[3.0, 0.1, 0.05, 0.02, 0.01, 0.006]),
-        timed("torch", losses=[3.0, 0.1, 0.05, 0.02, 0.01, 0.00601]),
-    ]
-    judge(records, 3.0, "float32")
-    assert [record["disagrees"] for record in records] == [None, None]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "agrees"), [("float32", False), ("bfloat16", True)]
-)
-def test_bfloat16_may_round_the_losses_of_few_words(dtype, agrees):
-    records = [
-        timed(losses=[3.0, *[2.0] * 5]),
-        timed("torch", losses=[3.0 * 1.002, *[2.0 * 1.002] * 5]),
-    ]
-    judge(records, 3.0, dtype)
-    assert [record["agrees"] for record in records] == [agrees, agrees]
-
-
 def test_one_word_a_step_is_refused(tmp_path):
     """Its window would come twice and its first loss be a mean of two."""
     shape = dataclasses.replace(TINY, batch_size=1, sequence_length=1)
     with pytest.raises(UserError, match="needs two words or more"):
         bench({"jax": tmp_path}, [TINY, shape])
-
-
-def test_layer_alone_is_no_witness_for_the_same_layer():
-    """What is wrong with ours is so twice; half of it would pass."""
-    losses = [3.0, *[2.0 * 1.0019] * 5]
-    right = {"losses": [3.0, *[2.0] * 5]}
-    records = [
-        timed(losses=losses),
-        timed(variant="our_layer", losses=losses),
-        timed(variant="stock_competent", **right),
-        timed(variant="native", **right),
-    ]
-    judge(records, None, "float32")
-    assert [record["agrees"] for record in records] == [
-        False,
-        False,
-        True,
-        True,
-    ]
-
-
-def test_of_two_that_differ_neither_is_ranked():
-    """Nobody can say which is wrong."""
-    for apart in (1.5, 1.0018):  # half as far is not too far
-        losses = [3.0, *[2.0 * apart] * 5]
-        records = [
-            timed(losses=[3.0, *[2.0] * 5]),
-            timed("torch", losses=losses),
-        ]
-        judge(records, None, "float32")
-        assert [record["agrees"] for record in records] == [False, False]
-
-
-def test_losses_of_random_layers_are_not_compared():
-    records = [
-        timed(is_random=True),
-        timed("torch", losses=[3.0, *[2.0] * 5], is_random=True),
-    ]
-    judge(records, None, "float32")
-    assert [record["agrees"] for record in records] == [True, True]
-
-
-def test_backends_within_noise_share_a_rank_and_compile_time_decides():
-    records = [
-        timed("jax", windows=(10, 10, 10), compile_time_seconds=9.0),
-        timed("torch", windows=(10.2, 10.2, 10.3)),  # 2 % slower
-        timed("tensorflow", windows=(11, 11, 11)),  # 10 % slower
-    ]
-    rank(records)
-    assert [record["rank"] for record in records] == [1, 1, 3]
-    first = bench_module.fastest(records)
-    assert [record["backend"] for record in first] == ["torch", "jax"]
-
-
-def test_windows_are_compared_within_their_round():
-    """A machine that slows down hits all alike and hides no difference."""
-    records = [
-        timed("jax", windows_ms=[[10.0, 20.0, 40.0]]),
-        timed("torch", windows_ms=[[11.0, 22.0, 44.0]]),
-    ]
-    records[1]["step_time_ms"] = {"median": 22.0}
-    rank(records)
-    assert [record["rank"] for record in records] == [1, 2]
-
-
-def test_processes_that_differ_are_noise():
-    """In one process of three torch was slower than the other two's tenth."""
-    fast, slow = [95.0, 95.0, 96.0], [116.0, 117.0, 116.0]
-    records = [
-        timed("torch", windows_ms=[fast, fast, slow]),
-        timed("jax", windows_ms=[[110.0, 111.0, 112.0]] * 3),
-    ]
-    records[1]["step_time_ms"] = {"median": 111.0}
-    rank(records)
-    assert [record["rank"] for record in records] == [1, 1]
-    records[0]["windows_ms"] = [fast] * 3
-    rank(records)
-    assert [record["rank"] for record in records] == [1, 2]
-
-
-def test_processes_are_compared_with_those_beside_them():
-    """A machine that slows down from process to process hides nothing.
-
-    Measured on two cores: the first torch is faster than the last tensorflow.
-    """
-    records = [
-        timed(
-            "torch",
-            windows_ms=[
-                [300.4, 300.6, 300.1],
-                [353.0, 310.3, 310.7],
-                [325.5, 318.3, 315.3],
-            ],
-        ),
-        timed(
-            "tensorflow",
-            windows_ms=[
-                [279.9, 280.2, 293.9],
-                [294.2, 290.2, 286.9],
-                [311.2, 303.0, 285.2],
-            ],
-        ),
-    ]
-    records[0]["step_time_ms"] = {"median": 310.7}
-    records[1]["step_time_ms"] = {"median": 290.2}
-    rank(records)
-    assert [record["rank"] for record in records] == [2, 1]
 
 
 # What may become of a process
@@ -587,19 +392,6 @@ def test_gate_catches_wrong_gates_and_a_lost_bias_by_numpy(tmp_path):
     json.dumps(result, allow_nan=False)
 
 
-def test_first_loss_is_that_of_the_batch_a_worker_checks(rng):
-    worker = Worker()
-    worker.start("float32")
-    for shape in (TINY, Shape("tied", (5, 6), 6, 3, 4, 20, tied=True)):
-        worker.prepare(steps=2, **dataclasses.asdict(shape))
-        inputs, targets = worker.window_of_one[0]
-        expected_inputs, expected_targets = first_batch(shape)
-        np.testing.assert_array_equal(inputs, expected_inputs)
-        np.testing.assert_array_equal(targets, expected_targets)
-        loss = worker.build("ours")["losses"][0]
-        np.testing.assert_allclose(first_loss(shape), loss, rtol=1e-5)
-
-
 def test_rounded_products_are_not_taken_for_float32(monkeypatch):
     """With the ten bits of a TF32 number."""
     worker = Worker()
@@ -688,9 +480,7 @@ def test_own_model_is_timed_as_it_is_and_accelerated(own_model, tmp_path):
         assert record["agrees"], record
     assert found["accelerated"]["kernel"].startswith(f"{BACKEND}: ")
     assert result["model"] == "model.keras"
-    assert [*bench_module.by_shape(result["results"])] == [
-        "model.keras: batch 3, length 4"
-    ]
+    assert [*by_shape(result["results"])] == ["model.keras: batch 3, length 4"]
     assert found["as_it_is"]["is_random"] is False
 
 
@@ -778,167 +568,6 @@ def test_weights_are_large_enough_for_a_lost_bias_to_be_seen():
     assert all(np.abs(bias).max() > 0.3 for bias in biases)
 
 
-# The choice
-
-
-@pytest.fixture
-def result(monkeypatch):
-    """A benchmark in which this backend was second to one not installed."""
-    monkeypatch.setattr(devices, "device_and_driver", lambda: ("Chip", None))
-    monkeypatch.setattr(selection, "device_and_driver", lambda: ("Chip", None))
-    monkeypatch.delenv("KERAS_BACKEND", raising=False)
-    absent = next(name for name in selection.BACKENDS if name != BACKEND)
-    monkeypatch.setattr(selection, "is_installed", BACKEND.__eq__)
-    records = [
-        timed(absent, windows=(1.0, 1.0, 1.0)),
-        timed(BACKEND, versions=selection.installed_versions(BACKEND)),
-    ]
-    rank(records)
-    return {
-        "schema": BENCH_SCHEMA,
-        "device": "Chip",
-        "driver": None,
-        "dtype": "float32",
-        "model": None,
-        "protocol": {"rounds": 3},
-        "results": records,
-    }
-
-
-def test_choice_is_kept_and_taken_where_nothing_else_names_one(result):
-    choice = choose(result)
-    absent = choice["backend"]
-    assert absent != BACKEND
-    assert choice["ranking"] == [absent, BACKEND]
-    kept = json.loads(Path(choice["path"]).read_text())
-    assert kept["schema"] == choices.CHOICE_SCHEMA
-    backend, reason = select_backend(None, dataclasses.asdict(TINY))
-    assert backend == BACKEND
-    assert reason.startswith("multilstm choose, ")
-    assert f"{absent} was faster and is not installed here" in reason
-    assert os.environ["KERAS_BACKEND"] == BACKEND
-    # What the user says comes first, and now KERAS_BACKEND is set.
-    assert select_backend()[1] == "KERAS_BACKEND"
-    assert select_backend(BACKEND)[1] == "--backend"
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"driver": "580.1"}, "driver was 580.1 and is None"),
-        ({"versions": {"keras": "3.0"}}, "keras was 3.0 and is 3"),
-    ],
-)
-def test_changed_driver_or_version_makes_a_choice_stale(result, change, said):
-    if "driver" in change:
-        result["driver"] = change["driver"]
-    else:
-        result["results"][1] |= change
-    choose(result)
-    _, reason = select_backend()
-    assert said in reason
-    assert "run multilstm choose" in reason
-    shape = dataclasses.asdict(TINY)
-    assert valid_choice(shape, "float32", {})[0] is None
-
-
-def test_choice_for_another_device_is_not_taken(result):
-    choose({**result, "device": "Another"})
-    assert "choose" not in select_backend()[1]
-
-
-def test_nearest_class_of_shapes_is_taken(result):
-    for batch_size in (2, 32):
-        shape = dataclasses.asdict(
-            dataclasses.replace(TINY, batch_size=batch_size)
-        )
-        for record in result["results"]:
-            record["shape"] = shape
-        choose(result)
-    wanted = dataclasses.asdict(dataclasses.replace(TINY, batch_size=24))
-    assert "batch 32" in select_backend(None, wanted)[1]
-
-
-@pytest.mark.parametrize("change", [{"embedding_dim": 600}, {"tied": True}])
-def test_choice_is_not_kept_for_other_embeddings(result, change):
-    """Which decide what the first kernel and the logits cost."""
-    del result["results"][0]
-    rank(result["results"])
-    choose(result)
-    pythons = {BACKEND: Path(sys.executable)}
-    shape = dataclasses.asdict(TINY)
-    assert valid_choice(shape, "float32", pythons)[0] is not None
-    choice, why_not = valid_choice(shape | change, "float32", pythons)
-    assert choice is None
-    assert "nothing chosen yet" in why_not
-    # Each has a file of its own.
-    result["results"][0]["shape"] = shape | change
-    choose(result)
-    for of in (shape, shape | change):
-        choice, _ = valid_choice(of, "float32", pythons)
-        assert choice["shape"] == json.loads(json.dumps(of))
-
-
-def test_nothing_that_passed_cannot_be_chosen(result):
-    for record in result["results"]:
-        record |= {"rank": None, "agrees": False, "disagrees": "it is wrong"}
-    with pytest.raises(UserError, match="it is wrong"):
-        choose(result)
-
-
-def test_choice_of_an_older_version_is_passed_over(result):
-    path = Path(choose(result)["path"])
-    choice = json.loads(path.read_text())
-    ranking = choice.pop("ranking")
-    path.write_text(json.dumps(choice))
-    assert choices.find_choice("Chip") is None
-    del choice["shape_class"]["embedding"]
-    older = {"ranking": ranking, "schema": "multilstm-choice-1"}
-    for content in (choice | older, choice | {"ranking": ranking}):
-        path.write_text(json.dumps(content))
-        assert choices.find_choice("Chip") is None
-
-
-def test_choice_holds_among_the_same_backends_and_versions(result):
-    result["results"][0]["versions"] = {"keras": "3"}
-    choose(result)
-    shape = dataclasses.asdict(TINY)
-    absent = result["results"][0]["backend"]
-    both = {BACKEND: Path(sys.executable), absent: Path(sys.executable)}
-    _, why_not = valid_choice(shape, "float32", {BACKEND: both[BACKEND]})
-    assert why_not == "the last choice was among other backends"
-    _, why_not = valid_choice(shape, "float32", both)
-    assert "keras was 3 and is" in why_not
-    wider = dataclasses.asdict(dataclasses.replace(TINY, units=(64, 64)))
-    assert "nothing chosen yet" in valid_choice(wider, "float32", both)[1]
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("raise SystemExit(0)", "ended with status 0"),
-        ("import time; time.sleep(20)", "no answer to 'versions' within 0.5 s"),
-        (None, "cannot be run"),
-    ],
-)
-def test_python_that_tells_no_versions_ends_a_choice(
-    result, tmp_path, code, said
-):
-    del result["results"][0]
-    rank(result["results"])
-    choose(result)
-    broken = script(tmp_path, "broken", code)
-    if code is None:
-        broken.chmod(0o644)
-    shape = dataclasses.asdict(TINY)
-    choice, why_not = valid_choice(
-        shape, "float32", {BACKEND: broken}, timeout=0.5
-    )
-    assert choice is None
-    assert why_not.startswith(f"{BACKEND} is not as it was: ")
-    assert said in why_not
-
-
 def test_choice_lasts_beside_a_backend_that_cannot_start(pretend, capsys):
     """Nothing is known of it, then and now: nothing has changed."""
     pythons = {"jax": pretend(0.1), "torch": pretend(0.2, "cannot start")}
@@ -957,36 +586,6 @@ def test_versions_are_known_of_what_does_not_see_the_gpu(pretend, monkeypatch):
     assert rows(result)["jax"]["versions"] == {"keras": "3"}
 
 
-def test_two_that_choose_at_once_leave_one_whole_file(result, own_cache):
-    threads = [
-        threading.Thread(target=choose, args=(result,)) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    [path] = (own_cache / "choices").iterdir()
-    assert choices.find_choice("Chip")["ranking"][1] == BACKEND
-    assert (
-        path.name == "chip-float32-2x8-embedding8-batch4-length4-words16.json"
-    )
-
-
-def test_choice_on_a_gpu_is_that_for_tf32_unless_told(result, monkeypatch):
-    choose(result)
-    assert choices.find_choice("Chip")["dtype"] == "float32"
-    monkeypatch.setattr(devices, "_nvml", lambda: ("NVML", "its GPU"))
-    assert choices.find_choice("Chip") is None
-    assert choices.find_choice("Chip", "float32")["dtype"] == "float32"
-    choose(result | {"dtype": "tf32"})
-    assert choices.find_choice("Chip")["dtype"] == "tf32"
-
-
-def test_broken_choice_is_passed_over(result, own_cache):
-    Path(choose(result)["path"]).write_text("{")
-    assert choices.find_choice("Chip") is None
-
-
 def test_keras_json_keeps_its_other_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     path = tmp_path / "keras.json"
@@ -1001,91 +600,6 @@ def test_keras_json_keeps_its_other_settings(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="must be a JSON object"):
         selection.write_keras_json("torch")
     assert path.read_text() == "[]"
-
-
-# The doctor
-
-
-def test_doctor_tries_the_kernel_that_really_runs(tmp_path):
-    pythons = {BACKEND: sys.executable}
-    found = doctor(pythons)
-    assert json.loads(json.dumps(found)) == found
-    for record in found["backends"]:
-        if record["backend"] != BACKEND:
-            assert not record["installed"]
-            assert "pip install" in record["reason"]
-            continue
-        assert record["fast"], record
-        assert record["correct"], record
-        assert record["kernel"].startswith(f"{BACKEND}: ")
-        assert record["versions"]["keras"] == keras.__version__
-    assert found["advice"][-1].endswith("multilstm choose")
-    told = "\n".join(doctor_lines(found))
-    assert f"  LSTM       {BACKEND}: " in told
-    assert told.count("  not there  name its Python with --python ") == 2
-    assert "gradients within " in told
-
-
-@pytest.mark.parametrize(
-    ("driver", "advised"),
-    [
-        (None, "names: pip install jax; pip install tensorflow"),
-        (
-            "580.1",
-            "names: pip install 'jax[cuda13]'; pip install "
-            "'tensorflow[and-cuda]'",
-        ),
-    ],
-)
-def test_beside_a_gpu_backends_are_to_be_installed_for_it(
-    driver, advised, monkeypatch
-):
-    monkeypatch.setattr(devices, "device_and_driver", lambda: ("Chip", driver))
-    found = [
-        {"backend": "jax", "installed": False},
-        {"backend": "torch", "installed": True, "reason": "ImportError"},
-        {"backend": "tensorflow", "installed": False},
-    ]
-    assert advised in advise(found, driver)[1]
-    for backend in ("jax", "torch", "tensorflow"):
-        assert "uninstall" not in devices.how_to_install(backend)
-
-
-def test_doctor_says_what_to_do():
-    healthy = {
-        "backend": "jax",
-        "installed": True,
-        "kernel": "jax: scan",
-        "correct": True,
-        "fast": True,
-        "gpu": False,
-        "times_reference": 2.0,
-        "output_error": 1e-6,
-        "gradient_error": 1e-6,
-        "notes": [],
-    }
-    wrong = healthy | {"backend": "torch", "correct": False, "output_error": 1}
-    slow = healthy | {
-        "backend": "tensorflow",
-        "kernel": "reference: scan",
-        "fast": False,
-        "notes": ["No kernel for float64."],
-    }
-    gpu_unseen, told_wrong, told_slow, _ = advise(
-        [healthy, wrong | {"gpu": True}, slow | {"gpu": True}], "580.1"
-    )
-    assert "jax does not see the GPU" in gpu_unseen
-    assert "pip install 'jax[cuda13]'" in gpu_unseen
-    assert "torch: its LSTM differs" in told_wrong
-    assert "ran reference: scan" in told_slow
-    assert "No kernel for float64." in told_slow
-    told_crowded, _ = advise([healthy | {"times_reference": 0.2}], None)
-    assert "0.2 times the speed" in told_crowded
-    assert "OMP_NUM_THREADS=1" in told_crowded
-    broken = {"backend": "jax", "installed": True, "reason": "ImportError"}
-    assert advise([broken], None)[0] == "jax does not work: ImportError"
-    none = {"backend": "jax", "installed": False}
-    assert advise([none], None) == ["Install a backend: pip install jax"]
 
 
 # The command
@@ -1142,7 +656,7 @@ def test_peers_of_each_backend_have_rows_and_no_rank(pretend, tmp_path, capsys):
         for record in results
         if record["backend"] == BACKEND
     }
-    assert ranks == {"ours": 1} | dict.fromkeys(bench_module.PEERS)
+    assert ranks == {"ours": 1} | dict.fromkeys(PEERS)
 
 
 def test_choice_is_kept_and_written_for_keras(
@@ -1168,110 +682,8 @@ def test_model_of_ones_own_has_its_python_and_length(pretend, tmp_path, capsys):
     )
     assert status == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
-    titles = {*bench_module.by_shape(result["results"])}
+    titles = {*by_shape(result["results"])}
     assert titles == {"model.keras: batch 2, length 4"}
-
-
-def test_choose_takes_a_result_file_of_this_device_alone(
-    result, tmp_path, capsys, own_cache
-):
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result))
-    assert main(["choose", "--results", str(path), "--json"]) == 0
-    printed = capsys.readouterr()
-    choice = json.loads(printed.out.splitlines()[-1])
-    assert choice["ranking"][1] == BACKEND
-    assert len([*(own_cache / "choices").iterdir()]) == 1
-    broken = {name: result[name] for name in ("schema", "device", "driver")}
-    for content, said in (
-        (result | {"driver": "580.1"}, "must be of this device and driver"),
-        (broken, "must be whole, as bench wrote it"),
-        ({"schema": BENCH_SCHEMA}, "must be of this device and driver"),
-    ):
-        path.write_text(json.dumps(content))
-        assert main(["choose", "--results", str(path)]) == 1
-        assert said in capsys.readouterr().err
-
-
-def test_choices_of_several_shapes_are_all_told(
-    result, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    first, second = result["results"]
-    wide = dataclasses.asdict(dataclasses.replace(TINY, batch_size=64))
-    other = timed(first["backend"], windows=(30.0, 30.0, 30.0), shape=wide)
-    mine = second | {"shape": wide}
-    rank([other, mine])
-    result["results"] += [other, mine]
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result))
-    choose = ["choose", "--results", str(path)]
-    assert main([*choose, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])["choices"]
-    backends = [choice["backend"] for choice in told]
-    assert backends == [first["backend"], BACKEND]
-    assert main([*choose, "--write-keras-json"]) == 1
-    assert "needs one backend" in capsys.readouterr().err
-    assert not (tmp_path / "keras.json").exists()
-
-
-def test_no_choice_is_kept_where_one_of_a_file_cannot_be_made(
-    result, tmp_path, capsys, own_cache
-):
-    wide = dataclasses.asdict(dataclasses.replace(TINY, batch_size=64))
-    result["results"].append(
-        timed(shape=wide, agrees=False, disagrees="it is wrong", rank=None)
-    )
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result))
-    assert main(["choose", "--results", str(path)]) == 1
-    assert "it is wrong" in capsys.readouterr().err
-    assert not (own_cache / "choices").exists()
-
-
-def test_choice_by_an_old_file_is_called_stale_at_once(
-    result, tmp_path, capsys
-):
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result))
-    assert main(["choose", "--results", str(path)]) == 0
-    assert "stale" not in capsys.readouterr().out
-    result["results"][1]["versions"] = {"keras": "3.0"}
-    path.write_text(json.dumps(result))
-    assert main(["choose", "--results", str(path)]) == 0
-    assert "is stale, " in capsys.readouterr().out
-
-
-def test_backend_written_for_keras_and_not_here_is_warned_of(
-    result, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr("multilstm.commands.is_installed", BACKEND.__eq__)
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result))
-    choose = ["choose", "--results", str(path), "--write-keras-json"]
-    absent = result["results"][0]["backend"]
-    warning = f"{absent} is not installed here"
-    assert main(choose) == 0
-    assert warning in capsys.readouterr().out
-    del result["results"][0]
-    rank(result["results"])
-    path.write_text(json.dumps(result))
-    assert main(choose) == 0
-    assert "not installed" not in capsys.readouterr().out
-
-
-def test_choice_for_a_precision_is_taken_where_it_is_asked_for(
-    result, capsys, tmp_path
-):
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(result | {"dtype": "bfloat16"}))
-    assert main(["choose", "--results", str(path)]) == 0
-    assert "--precision mixed_bfloat16 alone" in capsys.readouterr().out
-    shape = dataclasses.asdict(TINY)
-    assert "choose" not in select_backend(None, shape)[1]
-    os.environ.pop("KERAS_BACKEND")
-    assert "choose" in select_backend(None, shape, "bfloat16")[1]
 
 
 def test_run_that_goes_on_is_looked_up_by_its_own_sizes(tmp_path):

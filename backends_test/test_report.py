@@ -4,10 +4,11 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from test_bench import timed
+from test_ranking import timed
 
-from multilstm.bench import BENCH_SCHEMA, rank
+from multilstm.bench import BENCH_SCHEMA
 from multilstm.errors import UserError
+from multilstm.ranking import rank
 from multilstm.report import (
     bench_tables,
     html_page,

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from multilstm.bench import DTYPES, LOSS_TOLERANCE
+from multilstm.bench import DTYPES
 from multilstm.benchmark import (
     CHECK_STEPS,
     KERAS_VARIANTS,
@@ -41,6 +41,7 @@ from multilstm.benchmark import (
 )
 from multilstm.errors import UserError
 from multilstm.files import finite_or_none, read_json, write_json
+from multilstm.ranking import LOSS_TOLERANCE
 from multilstm.selection import BACKENDS, parse_pythons, select_backend
 from multilstm.workers import WorkerProcess
 

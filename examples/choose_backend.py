@@ -10,7 +10,8 @@ kept: `multilstm train` takes it too where nothing names a backend.
 
 import argparse
 
-from multilstm.bench import bench, choose, make_shapes
+from multilstm.bench import bench, make_shapes
+from multilstm.choosing import choose
 from multilstm.selection import find_pythons, select_backend
 
 argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()

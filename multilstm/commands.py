@@ -189,7 +189,7 @@ def run_bench(options: Bench, console: Console) -> dict[str, Any]:
 
 
 def run_choose(options: Choose, console: Console) -> dict[str, Any]:
-    from multilstm.bench import choices_of
+    from multilstm.choosing import choices_of
 
     if options.results is None:
         choice, is_kept = _choice_by_measuring(options, console)
@@ -218,7 +218,8 @@ def _choice_by_measuring(
     options: Choose, console: Console
 ) -> tuple[dict[str, Any], bool]:
     """The choice for the shape asked for, and whether it is one from before."""
-    from multilstm.bench import bench, make_choice, valid_choice
+    from multilstm.bench import bench
+    from multilstm.choosing import make_choice, valid_choice
     from multilstm.report import bench_tables
 
     size = options.batch_size
@@ -429,7 +430,7 @@ def _batch_sizes(text: str | None) -> list[int]:
 
 
 def _print_verdicts(result: dict[str, Any], console: Console) -> None:
-    from multilstm.bench import by_shape, fastest
+    from multilstm.ranking import by_shape, fastest
     from multilstm.report import NAMES
 
     for title, records in by_shape(result["results"]).items():

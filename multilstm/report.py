@@ -20,9 +20,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from multilstm.bench import BENCH_SCHEMA, by_shape
+from multilstm.bench import BENCH_SCHEMA
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, replacing, write_text
+from multilstm.ranking import by_shape
 from multilstm.selection import BACKENDS, COMPARISON_SCHEMA
 
 SCHEMAS = (BENCH_SCHEMA, COMPARISON_SCHEMA)
