@@ -704,18 +704,44 @@ def test_run_that_goes_on_is_looked_up_by_its_own_sizes(tmp_path):
     assert (shape["units"], dtype) == ([256, 256], None)
 
 
-@pytest.mark.skipif(not EXAMPLE.exists(), reason="only a clone has examples")
-def test_example_takes_what_it_found_fastest(pretend, monkeypatch, capsys):
+@pytest.fixture
+def example(monkeypatch):
+    """Runs the example as a script."""
+    if not EXAMPLE.exists():
+        pytest.skip("only a clone has examples")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
+    return lambda: runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def test_example_takes_what_it_found_fastest(
+    example, pretend, monkeypatch, capsys
+):
     pythons = {BACKEND: pretend(0.1)}
     monkeypatch.setattr(selection, "find_pythons", lambda: pythons)
     monkeypatch.delenv("KERAS_BACKEND")
     monkeypatch.setattr(
         selection, "why_stale", lambda *_: None
     )  # what is pretended has no versions
-    runpy.run_path(str(EXAMPLE))
+    example()
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith(f"Keras {keras.__version__} on {BACKEND}: ")
     assert "multilstm choose, " in last
+
+
+def test_example_ends_in_one_line(example, pretend, monkeypatch):
+    pythons = {BACKEND: pretend(0.1, fault="raises")}
+    monkeypatch.setattr(selection, "find_pythons", lambda: pythons)
+    with pytest.raises(SystemExit, match=r"^error: No backend can be chosen"):
+        example()
+
+    ends = (SystemExit, KeyboardInterrupt)  # else it ends pytest
+
+    def press_ctrl_c():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selection, "find_pythons", press_ctrl_c)
+    with pytest.raises(ends, match=r"^error: interrupted$"):
+        example()
 
 
 def test_full_disk_is_told_in_a_line(pretend, tmp_path, monkeypatch, capsys):

@@ -14,12 +14,11 @@ from pathlib import Path
 import keras
 
 import multilstm
-from multilstm import PRESETS
 
 
 def main() -> None:
     """Trains, measures, predicts and generates."""
-    preset = PRESETS["small"]
+    preset = multilstm.PRESETS["small"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="python-docs", help="ptb, a folder")
     parser.add_argument("--epochs", type=int, default=preset.epochs)
@@ -76,3 +75,5 @@ if __name__ == "__main__":
         main()
     except multilstm.UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
