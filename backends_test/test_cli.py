@@ -403,7 +403,8 @@ def test_what_only_adapting_takes_is_refused_without(command, run_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--split", "train"), "reports valid and test; received --split tra"),
+        (("--split", "train"), "--split would do nothing with --adapt, which"),
+        (("--split", "valid"), "--split would do nothing with --adapt, which"),
         (
             ("--tune-tokens", 1, "--adapt", "dynamic-sgd"),
             "`tune_tokens` must be at least 2; received 1",

@@ -95,11 +95,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
 
 
 def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
-    if options.split == "train":
-        raise UserError(
-            "--adapt tunes on valid and reports valid and test; received "
-            "--split train. Leave --split out."
-        )
+    refuse(options, ("split",), "with --adapt, which reports valid and test")
     if "dropout" not in options.adapt:
         refuse(options, ("num_samples", "seed"), "without --adapt dropout")
     if not any(method.startswith("dynamic") for method in options.adapt):

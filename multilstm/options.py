@@ -114,7 +114,7 @@ class Evaluate(OnCorpus):
     run: Run
     """Folder of a run."""
     split: Literal["train", "valid", "test"] = "test"
-    """Which text."""
+    """Which text; not with --adapt, which has its own."""
     corpus: str | None = None
     """The run's corpus, where its folder has moved."""
     batch_size: int = 20
