@@ -1343,6 +1343,22 @@ def test_only_the_first_words_are_trained_on(train):
     assert few["train_tokens"] == 100
 
 
+def test_more_words_than_there_are_are_refused(train, tmp_path, corpus_folder):
+    number = len(load_corpus(corpus_folder).train)
+    told = f"at most the {number:,} words .* letters; received {number + 1:,}"
+    with pytest.raises(UserError, match=told):
+        train(train_tokens=number + 1)
+    assert not (tmp_path / "run").exists()
+    assert train(epochs=1, train_tokens=number)["train_tokens"] == number
+
+
+def test_run_that_was_begun_with_too_many_words_goes_on(train):
+    """As by versions that did not refuse them."""
+    folder = RunFolder(train(epochs=1)["run"])
+    folder.update_config({"train_tokens": 10**9})
+    assert train(epochs=2, resume=True)["epochs"] == 2
+
+
 def test_a_gpu_trains_with_tf32_unless_told(train, monkeypatch):
     monkeypatch.setattr(training_module, "has_gpu", lambda: True)
     assert train(epochs=1)["precision"] == "tf32"

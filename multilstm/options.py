@@ -70,7 +70,8 @@ class Train(OnCorpus):
     starts_from: Path | None = None
     """Run whose best weights to begin with, as awd_finetune does."""
     train_tokens: int | None = None
-    """Use only so many of the first words of the training text."""
+    """Use only so many of the first words of the training text, at most all.
+    Default: all."""
     softmax: Softmax | None = None
     """exact; adaptive: fewer numbers for rare words; sampled: trained on a
     sample of the words. Default: exact."""

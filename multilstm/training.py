@@ -141,8 +141,8 @@ def train(
             `"float32"` elsewhere.
         starts_from: Folder of a run whose best weights to begin with.
             Default: none; a preset that goes on from another needs it.
-        train_tokens: Only so many of the training text's first words.
-            Default: all.
+        train_tokens: Only so many of the training text's first words, at
+            most all. Default: all.
         softmax: `"exact"`, `"adaptive"` or `"sampled"`; see `LanguageModel`.
             With `"sampled"` the perplexity of training is an estimate, the
             others are exact. Default: `"exact"`.
@@ -277,6 +277,8 @@ def _train(
         settings["precision"] = "tf32" if has_gpu() else "float32"
     data = load_corpus_of(settings, data_folder)
     _check_splits(data)
+    if not resuming:  # a run that was begun with too many goes on
+        _check_has_words(data, settings["train_tokens"])
     # If it can be, and the rows be shared.
     batches = cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
     _check_makes_a_step(plan, batches)
@@ -542,6 +544,15 @@ def _check_makes_a_step(plan: Preset, batches: Any) -> None:
             "--gradient-accumulation-steps must be at most the batches of an "
             f"epoch, which are {len(batches)}; received "
             f"{plan.gradient_accumulation_steps}. Lower it, or give more text."
+        )
+
+
+def _check_has_words(data: Corpus, train_tokens: int | None) -> None:
+    if train_tokens is not None and train_tokens > len(data.train):
+        raise UserError(
+            f"`train_tokens` must be at most the {len(data.train):,} words of "
+            f"the training text of {data.name}; received {train_tokens:,}. "
+            "Leave it out to train on all of them."
         )
 
 
