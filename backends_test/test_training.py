@@ -837,6 +837,18 @@ def test_finished_run_is_not_trained_again(train, stop_after):
     assert train(resume=True) == expected
 
 
+def test_another_backend_is_told_of_where_it_trains(train, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.config, "backend", lambda: "other")
+        train(epochs=1)
+    train(resume=True)
+    assert "goes on with" not in caplog.text
+    train(epochs=2, resume=True)
+    backend = keras.config.backend()
+    told = f"The run goes on with {backend} from a checkpoint of other: the"
+    assert told in caplog.text
+
+
 def test_run_remembers_for_how_long_it_was_asked_to_go_on(
     train, whole, interrupt_at
 ):

@@ -35,11 +35,13 @@ class Progress:
         history: One row for each epoch that is done.
         num_batches: Batches done of the epoch after those.
         seconds: What these batches took.
+        backend: Of the checkpoint that this was read from.
     """
 
     history: History = field(default_factory=list)
     num_batches: int = 0
     seconds: float = 0.0
+    backend: str | None = field(default=None, compare=False)
 
 
 class DamagedError(UserError):
@@ -125,8 +127,8 @@ def describe(reached: Progress) -> dict[str, Any]:
     """What stands beside the arrays, but for their checksum."""
     return {
         "schema": CHECKPOINT_SCHEMA,
-        "backend": keras.config.backend(),
         **asdict(reached),
+        "backend": keras.config.backend(),  # of now
     }
 
 

@@ -28,7 +28,6 @@ from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import filelock
-import keras
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -362,16 +361,11 @@ class RunFolder:
                 damaged,
             )
         checkpoint.assign_state(model, arrays, self.devices)
-        backend = keras.config.backend()
-        if about["backend"] != backend:
-            logger.warning(
-                "The run goes on with %s from a checkpoint of %s: the same to "
-                "rounding but for masks of dropout, not bit for bit.",
-                backend,
-                about["backend"],
-            )
         return Progress(
-            about["history"], about["num_batches"], about["seconds"]
+            about["history"],
+            about["num_batches"],
+            about["seconds"],
+            about["backend"],
         )
 
     def save_best_weights(

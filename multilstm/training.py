@@ -401,6 +401,8 @@ def _train_held(
             len(begun.history),
         ):
             return _tell_again(earlier, settings, keeper)
+    else:
+        _warn_of_other_backend(begun)
     times = StepTimes()
 
     def cut(epoch: int) -> Any:
@@ -432,6 +434,17 @@ def _warn_of_unseen_gpu() -> None:
             backend,
             name,
             CUDA_FORMS[backend],
+        )
+
+
+def _warn_of_other_backend(begun: Progress) -> None:
+    backend = keras.config.backend()
+    if begun.backend not in (None, backend):
+        logger.warning(
+            "The run goes on with %s from a checkpoint of %s: the same to "
+            "rounding but for masks of dropout, not bit for bit.",
+            backend,
+            begun.backend,
         )
 
 
