@@ -593,6 +593,21 @@ def test_function_of_a_user_is_called_at_every_batch(rng, monkeypatch):
     assert sorted(batches) == list(range(7))  # Keras calls it in a thread
 
 
+def test_bar_counts_the_batches_that_there_are(rng, monkeypatch):
+    if BACKEND != "torch":
+        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+    counts = []
+    monkeypatch.setattr(
+        keras.utils.Progbar,
+        "update",
+        lambda self, current, *args, **kwargs: counts.append(current),
+    )
+    model = small_model()
+    model.compile()
+    model.fit(datasets(rng)["windows"], verbose=1)
+    assert set(counts) == ({*range(1, 8)} if BACKEND == "torch" else {3, 6, 7})
+
+
 def test_fit_and_evaluate_never_make_logits(rng, monkeypatch):
     model = small_model()
     model.build((2, 5))

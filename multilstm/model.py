@@ -635,6 +635,8 @@ class LanguageModel(keras.Model):
         ) as data:
             if data is not x and not isinstance(data, keras.utils.PyDataset):
                 named["shuffle"] = False  # it is shuffled already
+            if self.steps_per_execution > 1 and named.get("verbose", "auto"):
+                named["callbacks"] = _with_bar(named.get("callbacks"))
             return super().fit(data, **named)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -848,3 +850,28 @@ def _with_reset(callbacks: Any) -> Any:
     elif not isinstance(callbacks, (list, tuple)):
         callbacks = [callbacks]
     return [ResetCarriedState(), *callbacks]
+
+
+def _with_bar(callbacks: Any) -> Any:
+    """Adds `_Bar`, unless there is a bar already."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    listed = keras.tree.flatten(callbacks) if callbacks else []
+    bar = keras.callbacks.ProgbarLogger
+    if any(isinstance(callback, bar) for callback in listed):
+        return callbacks
+    return [*listed, _Bar()]
+
+
+class _Bar(keras.callbacks.ProgbarLogger):
+    """Keras's bar, for groups of steps of which the last may be smaller.
+
+    Keras counts the last one as whole: 32 of 25 batches.
+    """
+
+    async_safe = True  # as Keras's own; or it would wait for each group
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.target is not None:
+            batch = min(batch, self.target - 1)
+        super().on_train_batch_end(batch, logs)
