@@ -25,7 +25,7 @@ from multilstm import (
 )
 from multilstm.dataset import ContinuousStreams, PartOfRows, VariableStreams
 from multilstm.errors import UserError
-from multilstm.launch import place_among_processes
+from multilstm.launch import place_among_processes, tell_once
 from multilstm.ops import Devices
 from multilstm.run_folder import RunFolder
 
@@ -333,6 +333,28 @@ def test_devices_that_are_not_there_are_refused(tiny, corpus_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="only there one process starts others"
+)
+def test_mistake_is_told_once_by_all_processes():
+    command = ["-m", "multilstm", "train", "--corpus", "no/such"]
+    launcher = start([*command, "--devices", "2"], {})
+    [told] = [x for x in errors_of(launcher).splitlines() if "error: " in x]
+    assert "no/such" in told
+    assert launcher.returncode == 1
+
+
+def test_what_one_process_alone_finds_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MULTILSTM_TOLD", str(tmp_path / "told"))
+    (tmp_path / "told").mkdir()
+    for line in ("error: no GPU 1", "error: no room", "error: no GPU 1"):
+        tell_once(line)
+    assert capsys.readouterr().err == "error: no GPU 1\nerror: no room\n"
+    (tmp_path / "told").rename(tmp_path / "gone")
+    tell_once("error: no room")
+    assert capsys.readouterr().err == "error: no room\n"
+
+
 def test_process_that_dies_ends_the_run_with_a_line(corpus_folder, tmp_path):
     """And the run goes on, on one device."""
     out = tmp_path / "run"
@@ -365,7 +387,9 @@ def test_processes_stop_when_their_launcher_dies(corpus_folder, tmp_path):
     out = tmp_path / "run"
     settings = ["--corpus", corpus_folder, "--out", out, "--epochs", "50000"]
     settings += ["--batch-size", "2", "--devices", "2"]
-    launcher = start(["-m", "multilstm", "train", *settings], {})
+    launcher = start(
+        ["-m", "multilstm", "train", *settings], {"TMPDIR": str(tmp_path)}
+    )
     children = wait_for_checkpoint(launcher, out)
     launcher.kill()
     _, alive = psutil.wait_procs(children, timeout=60)

@@ -16,7 +16,7 @@ from rich.console import Console
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
 from multilstm.files import finite_or_none, read_json
-from multilstm.launch import launch, place_among_processes
+from multilstm.launch import launch, place_among_processes, tell_once
 from multilstm.options import (
     Bench,
     Choose,
@@ -136,7 +136,7 @@ def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    tell_once(f"error: {message}")
     return 1
 
 

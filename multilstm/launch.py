@@ -5,18 +5,22 @@ their environment too. One that dies ends all. And what the launchers of all
 frameworks tell a process of its place.
 """
 
+import hashlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from multilstm.errors import UserError
 
 _LAUNCHER = "MULTILSTM_LAUNCHER"
+_TOLD = "MULTILSTM_TOLD"  # a folder with a file for each line that was told
 _MOST_DEVICES = 64  # of one machine; `torchrun` starts several machines
 
 
@@ -95,6 +99,23 @@ def was_orphaned() -> bool:
     return launcher is not None and os.getppid() != int(launcher)
 
 
+def tell_once(line: str) -> None:
+    """Writes a line to stderr, unless another process of `launch` has.
+
+    So what all find wrong is told once, and what one alone finds is told too.
+    """
+    told = os.environ.get(_TOLD)
+    if told is not None:
+        path = Path(told) / hashlib.sha256(line.encode()).hexdigest()
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # a line told twice is better than one that is lost
+    print(line, file=sys.stderr)
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs `multilstm` with these arguments in so many processes.
 
@@ -110,6 +131,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    told = tempfile.TemporaryDirectory(prefix="multilstm-")
     processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -132,6 +154,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     _LAUNCHER: str(os.getpid()),
+                    _TOLD: told.name,
                 },
                 # Or a terminal would send them each Ctrl-C once more.
                 start_new_session=True,
@@ -142,6 +165,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         for process in processes:
             process.kill()
             process.wait()
+        told.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
 
