@@ -13,6 +13,7 @@ from multilstm import (
     NextWordWindows,
     Perplexity,
     evaluate,
+    fitting,
     ops,
 )
 from multilstm import model as model_module
@@ -526,7 +527,7 @@ def test_callback_that_needs_every_batch_gets_it(
     callback, num_calls, by_name, rng, monkeypatch
 ):
     if BACKEND != "torch":
-        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
     model = small_model()
     model.compile()
     data = datasets(rng)["windows"]
@@ -556,7 +557,7 @@ def test_carrying_model_takes_arguments_by_place(ids):
 def test_loaded_model_takes_groups_of_steps_as_the_saved_one(
     told, rng, ids, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+    monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
     model = small_model()
     model.compile(**({"steps_per_execution": told} if told else {}))
     model.train_on_batch(ids, ids)
@@ -582,7 +583,7 @@ def test_file_tells_no_backend_what_another_chose(ids, tmp_path):
 
 def test_function_of_a_user_is_called_at_every_batch(rng, monkeypatch):
     if BACKEND != "torch":
-        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
     model = small_model()
     model.compile()
     batches = []
@@ -595,7 +596,7 @@ def test_function_of_a_user_is_called_at_every_batch(rng, monkeypatch):
 
 def test_bar_counts_the_batches_that_there_are(rng, monkeypatch):
     if BACKEND != "torch":
-        monkeypatch.setattr(model_module, "steps_per_dispatch", lambda _: 3)
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
     counts = []
     monkeypatch.setattr(
         keras.utils.Progbar,
@@ -982,7 +983,7 @@ def test_large_text_stays_where_it_is(rng, monkeypatch):
     streams = ContinuousStreams(ids, 5, 4, drop_remainder=True)
 
     def train(most):
-        monkeypatch.setattr(model_module, "_MOST_TOKENS_ON_DEVICE", most)
+        monkeypatch.setattr(fitting, "_MOST_TOKENS_ON_DEVICE", most)
         model = LanguageModel(11, units=6, carry_state=True, output_dropout=0.2)
         model.compile("sgd")
         history = model.fit(streams, epochs=2, verbose=0).history

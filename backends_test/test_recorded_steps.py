@@ -357,7 +357,7 @@ def test_fit_takes_groups_of_steps_where_there_is_a_gpu(
 
     other, expected = fit()
     monkeypatch.setattr(graphs_torch, "has_gpu", lambda: True)
-    monkeypatch.setattr("multilstm.model.steps_per_dispatch", lambda flops: 4)
+    monkeypatch.setattr("multilstm.fitting.steps_per_dispatch", lambda flops: 4)
     model, history = fit()
     assert_same(model, other)
     assert history == expected

@@ -23,6 +23,7 @@ from multilstm import (
     LanguageModel,
     Vocabulary,
     evaluate,
+    fitting,
     load_corpus,
     load_run,
 )
@@ -75,9 +76,7 @@ def steps_at_once(monkeypatch):
     """Sets how many steps a run starts at once; by default the backend does."""
 
     def steps_at_once(number):
-        monkeypatch.setattr(
-            model_module, "steps_per_dispatch", lambda flops: number
-        )
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda flops: number)
 
     return steps_at_once
 

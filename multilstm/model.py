@@ -9,9 +9,6 @@ of Merity et al. come with them: of whole words and of recurrent weights. None
 changes which LSTM kernel runs.
 """
 
-import inspect
-import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -20,14 +17,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
+from multilstm.fitting import TextModel
 from multilstm.initializers import Draws, Initialization
 from multilstm.layers import (
     LSTM,
     Dropout,
     Embedding,
-    ResetCarriedState,
     State,
     run_stack,
 )
@@ -38,28 +34,18 @@ from multilstm.metrics import (
     token_weights,
 )
 from multilstm.ops import (
-    feed,
     fuse_optimizer,
     jit_of_steps,
     logs_to_reduce,
-    make_test_function,
-    make_train_function,
-    on_host,
-    rows_here,
     scale_loss,
-    starts_singly,
-    steps_per_dispatch,
 )
 from multilstm.optimizers import make_optimizer
 from multilstm.presets import find_preset
 from multilstm.projection import choose_softmax, make_projection
 
-# A text that is larger is left on the disk, where `load_corpus` has it.
-_MOST_TOKENS_ON_DEVICE = 1 << 24  # 64 MiB
-
 
 @keras.saving.register_keras_serializable(package="multilstm")
-class LanguageModel(keras.Model):
+class LanguageModel(TextModel):
     """Predicts each next word of a text from the words before it.
 
     With its defaults for everything but the sizes it is the classic Keras
@@ -262,18 +248,8 @@ class LanguageModel(keras.Model):
         )
         self.step_seed = draw.seed_of("steps")
         self.perplexity = Perplexity()
-        self.uses_own_loss = True
-        self.needs_logits = False  # for metrics that a user compiled
         self._gives_features = False
-        self.text: Any = None  # token ids on the device, within `fit`
-        self._rows: tuple[int, int] | None = None  # of the text's batches
-        self._usual_length: int | None = None  # where that of batches varies
-        self._functions: dict[Any, Any] = {}
-        self._asked_steps: int | None = None
         self._asked_jit: Any = "auto"
-        self.steps_per_execution: int = 1
-        self._text_of: Any = None
-        self._text_kept: Any = None
 
     @classmethod
     def from_preset(
@@ -451,18 +427,14 @@ class LanguageModel(keras.Model):
         self._compile_loss = self._compile_metrics = None
         if not self.needs_logits:  # an empty list is none
             kwargs |= {"metrics": None, "weighted_metrics": None}
-        self._asked_steps = kwargs.get("steps_per_execution")
         self._asked_jit = kwargs.pop("jit_compile", "auto")
         jit = jit_of_steps(self._asked_jit)
         super().compile(optimizer, loss, jit_compile=jit, **kwargs)
-        self._functions = {}
         fuse_optimizer(self.optimizer)
 
     def get_compile_config(self) -> dict[str, Any]:
         """As Keras's, without what was chosen for this backend alone."""
         config: dict[str, Any] = super().get_compile_config()
-        if self._asked_steps is None:
-            config.pop("steps_per_execution", None)
         config["jit_compile"] = self._asked_jit
         if self._asked_jit == "auto":
             del config["jit_compile"]
@@ -519,8 +491,7 @@ class LanguageModel(keras.Model):
     def train_step(self, *args: Any) -> Any:
         """As Keras's, its loss from features rather than logits."""
         *state, batch = args
-        if self._rows is not None:
-            batch = self._slice(batch[0], *self._rows)
+        batch = self._batch_of(batch)
         with self._give_features(), self._scale_rate(batch):
             found = super().train_step(*state, batch)
         return found if state else logs_to_reduce(found)
@@ -542,179 +513,13 @@ class LanguageModel(keras.Model):
         finally:
             self._gives_features = False
 
-    @contextmanager
-    def _scale_rate(self, batch: Any) -> Iterator[None]:
-        """A rate in proportion to the batch's length, where that varies."""
-        if self._usual_length is None:
-            yield
-            return
-        length = ops.cast(ops.shape(batch[0])[1], "float32")
-        with self.optimizer.rate_times(length / self._usual_length):
-            yield
-
-    def _slice(
-        self, row_starts: Any, batch_size: int, length: int
-    ) -> tuple[Any, Any]:
-        """The batch whose rows begin there, from the text on the device."""
-        shape = (rows_here(batch_size), 1)
-        with on_host():
-            places = ops.reshape(row_starts, shape) + ops.arange(
-                length + 1, dtype="int32"
-            )
-            windows = ops.take(self.text, places, axis=0)
-            return windows[:, :-1], windows[:, 1:]
-
-    @contextmanager
-    def text_on_device(self, text: Any) -> Iterator[None]:
-        """Lets steps that are traced within take the text as an argument."""
-        before, self.text = self.text, text
-        try:
-            yield
-        finally:
-            self.text = before
-
-    def make_train_function(self, force: bool = False) -> None:
-        """As `keras.Model.make_train_function`, for several steps at once."""
-        key = (
-            *("train", self.steps_per_execution, self._rows, id(self.text)),
-            self._usual_length,
-        )
-        if force or key not in self._functions:
-            self.train_function = make_train_function(self)
-            super().make_train_function()
-            # One for `fit`, which may have been for another text before.
-            self._functions = {
-                old: function
-                for old, function in self._functions.items()
-                if old[0] != "train" or old[2] is None
-            }
-            self._functions[key] = self.train_function
-        self.train_function = self._functions[key]
-
-    def make_test_function(self, force: bool = False) -> None:
-        """As `keras.Model.make_test_function`; one for each number of steps."""
-        key = ("test", self.steps_per_execution)
-        if force or key not in self._functions:
-            self.test_function = make_test_function(self)
-            super().make_test_function()
-            self._functions[key] = self.test_function
-        self.test_function = self._functions[key]
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.fit`; in order and reset where state is carried.
-
-        Of a dataset of this package the text is put on the device once, and
-        a batch is told by where its rows begin; a text of over 16 million
-        words stays where it is, and batches are read from there. Several
-        steps are started at once where the backend gains by it, as many as
-        `compile` was told or as take about a second; one by one where a
-        callback asks for every batch. Callbacks then hear of the last step of
-        a group, as with Keras's `steps_per_execution`.
-
-        Raises:
-            UserError: If there is a `class_weight`, which has no word of its
-                own to weigh.
-        """
-        named = _by_name(keras.Model.fit, args, kwargs)
-        if self.uses_own_loss and named.get("class_weight"):
-            raise UserError(
-                "`class_weight` is not for words; received "
-                f"{len(named['class_weight'])} weights. Give batches with a "
-                "`sample_weight` of shape (batch, time), or compile with a "
-                "loss of Keras's."
-            )
-        if self.carry_state:
-            named.setdefault("shuffle", False)
-            self._prepare_carry(named)
-        x = named.pop("x", None)
-        shuffle = named.get("shuffle", True)
-        _tell_direction(named.get("callbacks"))
-        counts = [named.get(n) for n in ("steps_per_epoch", "validation_steps")]
-        with self._prepare_steps(
-            x, named.get("callbacks"), shuffle, math.gcd(*filter(None, counts))
-        ) as data:
-            if data is not x and not isinstance(data, keras.utils.PyDataset):
-                named["shuffle"] = False  # it is shuffled already
-            if self.steps_per_execution > 1 and named.get("verbose", "auto"):
-                named["callbacks"] = _with_bar(named.get("callbacks"))
-            return super().fit(data, **named)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.evaluate`; starts from a state of zeros."""
-        named = _by_name(keras.Model.evaluate, args, kwargs)
-        if self.carry_state:
-            self._prepare_carry(named)
-        return super().evaluate(**named)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.predict`; starts from a state of zeros."""
-        named = _by_name(keras.Model.predict, args, kwargs)
-        if self.carry_state:
-            self._prepare_carry(named)
-        # Within a `fit` it may be many, which PyTorch refuses.
-        before = self.steps_per_execution
-        self.steps_per_execution = self._asked_steps or 1
-        try:
-            return super().predict(**named)
-        finally:
-            self.steps_per_execution = before
-
-    @contextmanager
-    def _prepare_steps(
-        self, data: Any, callbacks: Any, shuffle: bool, multiple: int = 0
-    ) -> Iterator[Any]:
-        """Sets up what `fit` says of datasets and of several steps at once.
-
-        Keras goes on to whole groups of steps: they divide `multiple`, of
-        which what was asked for is made up; 0 for nothing.
-        """
-        steps = self._asked_steps or 1
-        is_sliced = getattr(data, "is_sliced", False)
-        varies = getattr(data, "varies", False)
-        if varies:
-            _check_scales_rate(self.optimizer)
-        chooses = is_sliced and self._asked_steps is None
-        at_once = not (_needs_every_batch(callbacks) or starts_singly(self))
-        if chooses and at_once:
-            most = steps_per_dispatch(self._flops(data))
-            steps = max(n for n in range(1, most + 1) if multiple % n == 0)
-        is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
-        slices = is_sliced and not is_large
-        if slices and self.uses_own_loss and not self.needs_logits:
-            self._rows = (data.batch_size, data.sequence_length)
-            if not self.built:
-                self.build(self._rows)
-            if self._text_of is not data.token_ids:
-                self._text_of = data.token_ids
-                with on_host():
-                    self._text_kept = ops.convert_to_tensor(data.token_ids)
-            self.text = self._text_kept
-            data = feed(RowStarts(data), shuffle=shuffle)
-        elif varies or (is_large and not shuffle):
-            if varies:
-                self._usual_length = data.sequence_length
-            data = feed(data, shuffle=False)
-        before, self.steps_per_execution = self.steps_per_execution, steps
-        try:
-            with warnings.catch_warnings():
-                # PyTorch's loop says so of a group that is smaller.
-                if chooses and steps > 1:
-                    warnings.filterwarnings(
-                        "ignore", "Your input ran out of data"
-                    )
-                yield data
-        finally:
-            self._rows = self.text = self._usual_length = None
-            self.steps_per_execution = before
-
-    def _flops(self, data: Any) -> int:
+    def step_flops(self, tokens: int) -> int:
         """Floating-point operations of a training step, products alone."""
         num_weights = self._kernel_sizes()
         features = self.lstms[-1].units
         num_weights += features * self.projection.words_per_target
         # Forward a product and a sum, back twice that.
-        num_tokens: int = data.batch_size * data.sequence_length
-        return 6 * num_weights * num_tokens
+        return 6 * num_weights * tokens
 
     def _kernel_sizes(self) -> int:
         """How many weights all LSTMs multiply with."""
@@ -725,36 +530,10 @@ class LanguageModel(keras.Model):
             features = layer.units
         return num_weights
 
-    def forget_steps(self) -> None:
-        """Frees what compiled or recorded steps hold."""
-        self._functions = {}
-        self.train_function = self.test_function = None
-
     def least_num_weights(self) -> int:
         """What embeddings and kernels alone have, before they are built."""
         words: int = self.vocabulary_size * self.settings["embedding_dim"]
         return words + self._kernel_sizes()
-
-    def _prepare_carry(self, named: dict[str, Any]) -> None:
-        """Builds for the batch size of the data; resets where text begins.
-
-        TensorFlow builds a model for any batch size, of which there is no
-        state to carry: the first batch tells.
-        """
-        data = named.get("x")
-        if not self.built and isinstance(data, keras.utils.PyDataset):
-            self.build(data[0][0].shape)
-        named["callbacks"] = _with_reset(named.get("callbacks"))
-
-
-def _by_name(
-    method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """A method's arguments by their names, whichever way they were given."""
-    bound = inspect.signature(method).bind(None, *args, **kwargs).arguments
-    named: dict[str, Any] = dict(list(bound.items())[1:])  # without the model
-    others: dict[str, Any] = named.pop("kwargs", {})
-    return named | others
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -783,95 +562,3 @@ def _check_settings(settings: dict[str, Any]) -> None:
             f"`initializer={way!r}` needs `initializer_scale`, that of the "
             "embeddings; received None."
         )
-
-
-def _check_scales_rate(optimizer: Any) -> None:
-    if not hasattr(optimizer, "rate_times"):
-        raise UserError(
-            "Batches of varying length need an optimizer whose rate can "
-            f"follow it; received {type(optimizer).__name__}. Compile with SGD "
-            "or Adam of multilstm.optimizers."
-        )
-
-
-def _tell_direction(callbacks: Any) -> None:
-    """Tells Keras's callbacks, where they are to know, that less is better.
-
-    Of a metric that was not compiled they do not ask.
-    """
-    for callback in keras.tree.flatten(callbacks):
-        monitor = getattr(callback, "monitor", None)
-        if monitor not in ("perplexity", "val_perplexity"):
-            continue
-        if getattr(callback, "mode", None) == "auto":
-            callback.mode = "min"
-
-
-def _needs_every_batch(callbacks: Any) -> bool:
-    """Whether a callback of a user's does something at each batch.
-
-    Keras's own know of several steps at once, all but the one that calls
-    functions of a user's.
-    """
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = callbacks.callbacks
-    base = keras.callbacks.Callback
-    for callback in keras.tree.flatten(callbacks):
-        kind = type(callback)
-        is_lambda = isinstance(callback, keras.callbacks.LambdaCallback)
-        is_keras = kind.__module__.partition(".")[0] == "keras"
-        if not isinstance(callback, base) or (is_keras and not is_lambda):
-            continue
-        if getattr(callback, "takes_several_batches", False):
-            continue
-        for name in (
-            "on_batch_begin",
-            "on_batch_end",
-            "on_train_batch_begin",
-            "on_train_batch_end",
-        ):
-            if name in vars(callback) or (
-                getattr(kind, name) is not getattr(base, name)
-            ):
-                return True
-    return False
-
-
-def _with_reset(callbacks: Any) -> Any:
-    """Adds `ResetCarriedState`, unless it is there already.
-
-    In the validation of `fit` Keras hands its own list to `evaluate`, which
-    holds it since the start of `fit`.
-    """
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    if callbacks is None:
-        callbacks = []
-    elif not isinstance(callbacks, (list, tuple)):
-        callbacks = [callbacks]
-    return [ResetCarriedState(), *callbacks]
-
-
-def _with_bar(callbacks: Any) -> Any:
-    """Adds `_Bar`, unless there is a bar already."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    listed = keras.tree.flatten(callbacks) if callbacks else []
-    bar = keras.callbacks.ProgbarLogger
-    if any(isinstance(callback, bar) for callback in listed):
-        return callbacks
-    return [*listed, _Bar()]
-
-
-class _Bar(keras.callbacks.ProgbarLogger):
-    """Keras's bar, for groups of steps of which the last may be smaller.
-
-    Keras counts the last one as whole: 32 of 25 batches.
-    """
-
-    async_safe = True  # as Keras's own; or it would wait for each group
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self.target is not None:
-            batch = min(batch, self.target - 1)
-        super().on_train_batch_end(batch, logs)
