@@ -1,6 +1,8 @@
 """The language model: logits, loss and perplexity against NumPy."""
 
+import contextlib
 import math
+import signal
 
 import keras
 import numpy as np
@@ -607,6 +609,60 @@ def test_bar_counts_the_batches_that_there_are(rng, monkeypatch):
     model.compile()
     model.fit(datasets(rng)["windows"], verbose=1)
     assert set(counts) == ({*range(1, 8)} if BACKEND == "torch" else {3, 6, 7})
+
+
+@pytest.mark.parametrize("place", ["train_batch", "test_batch", "epoch"])
+def test_ctrl_c_that_keras_drops_ends_fit(rng, monkeypatch, place):
+    """And the model is that of the steps before."""
+    if BACKEND != "torch":
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
+    windows = datasets(rng)["windows"]
+    model = small_model()
+    model.compile()
+    before = signal.getsignal(signal.SIGINT)
+    ended = []
+
+    def drop(*_, **__):
+        with contextlib.suppress(KeyboardInterrupt):  # as `pythonify_logs`
+            signal.raise_signal(signal.SIGINT)
+
+    class Drops(keras.callbacks.Callback):
+        takes_several_batches = True
+
+        def on_train_end(self, logs=None):
+            ended.append(logs)
+
+    setattr(Drops, f"on_{place}_end", drop)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            windows,
+            validation_data=windows,
+            verbose=0,
+            epochs=2,
+            callbacks=[Drops()],
+        )
+    assert not ended
+    assert signal.getsignal(signal.SIGINT) is before
+    assert np.isfinite(model.evaluate(windows, verbose=0)).all()
+    assert model.optimizer.iterations > 0
+
+
+def test_ctrl_c_is_left_to_who_has_it(rng):
+    """As `train`, which stops after the step, and makes a checkpoint."""
+    noted = []
+    before = signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+    try:
+        model = small_model()
+        model.compile()
+        callback = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_: signal.raise_signal(signal.SIGINT)
+        )
+        model.fit(
+            datasets(rng)["windows"], verbose=0, epochs=2, callbacks=[callback]
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert noted == [1, 1]
 
 
 def test_fit_and_evaluate_never_make_logits(rng, monkeypatch):

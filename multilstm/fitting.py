@@ -11,6 +11,8 @@ Several steps are one call of the backend where it gains by that.
 
 import inspect
 import math
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,9 +143,14 @@ class TextModel(keras.Model):
         ) as data:
             if data is not x and not isinstance(data, keras.utils.PyDataset):
                 named["shuffle"] = False  # it is shuffled already
-            if self.steps_per_execution > 1 and named.get("verbose", "auto"):
-                named["callbacks"] = _with_bar(named.get("callbacks"))
-            return super().fit(data, **named)
+            interrupts = _Interrupts()
+            callbacks = _with(interrupts, named.get("callbacks"))
+            is_shown = named.get("verbose", "auto") != 0
+            if self.steps_per_execution > 1 and is_shown:
+                callbacks = _with_bar(callbacks)
+            named["callbacks"] = callbacks
+            with interrupts.kept():
+                return super().fit(data, **named)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`; starts from a state of zeros."""
@@ -261,7 +268,8 @@ class TextModel(keras.Model):
         data = named.get("x")
         if not self.built and isinstance(data, keras.utils.PyDataset):
             self.build(data[0][0].shape)
-        named["callbacks"] = _with_reset(named.get("callbacks"))
+        # In the validation of `fit` it is in the list that is handed on.
+        named["callbacks"] = _with(ResetCarriedState(), named.get("callbacks"))
 
 
 def _by_name(
@@ -326,30 +334,21 @@ def _needs_every_batch(callbacks: Any) -> bool:
     return False
 
 
-def _with_reset(callbacks: Any) -> Any:
-    """Adds `ResetCarriedState`, unless it is there already.
-
-    In the validation of `fit` Keras hands its own list to `evaluate`, which
-    holds it since the start of `fit`.
-    """
+def _with(callback: Any, callbacks: Any) -> Any:
+    """Adds a callback before a user's, unless Keras made a list of them."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
-    if callbacks is None:
-        callbacks = []
-    elif not isinstance(callbacks, (list, tuple)):
-        callbacks = [callbacks]
-    return [ResetCarriedState(), *callbacks]
+    return [callback, *(keras.tree.flatten(callbacks) if callbacks else [])]
 
 
 def _with_bar(callbacks: Any) -> Any:
-    """Adds `_Bar`, unless there is a bar already."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    listed = keras.tree.flatten(callbacks) if callbacks else []
+    """Adds `_Bar` after the others, whose logs it shows, or leaves a user's."""
     bar = keras.callbacks.ProgbarLogger
-    if any(isinstance(callback, bar) for callback in listed):
+    if isinstance(callbacks, keras.callbacks.CallbackList) or any(
+        isinstance(callback, bar) for callback in callbacks
+    ):
         return callbacks
-    return [*listed, _Bar()]
+    return [*callbacks, _Bar()]
 
 
 class _Bar(keras.callbacks.ProgbarLogger):
@@ -364,3 +363,41 @@ class _Bar(keras.callbacks.ProgbarLogger):
         if self.target is not None:
             batch = min(batch, self.target - 1)
         super().on_train_batch_end(batch, logs)
+
+
+class _Interrupts(keras.callbacks.Callback):
+    """Raises a Ctrl-C again that Keras has dropped.
+
+    To make numbers of a step's logs Keras waits for the step, in a block that
+    drops whatever is raised meanwhile. On JAX that is most of the time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Notes each Ctrl-C of the block, unless someone else does."""
+        is_main = threading.current_thread() is threading.main_thread()
+        python_s = signal.default_int_handler
+        if not is_main or signal.getsignal(signal.SIGINT) is not python_s:
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self.noted = True
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, python_s)
+
+    def _raise_noted(self, *_: Any, **__: Any) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
+
+    on_epoch_begin = on_epoch_end = _raise_noted
+    on_train_batch_begin = on_test_batch_begin = _raise_noted
