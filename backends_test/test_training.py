@@ -29,6 +29,7 @@ from multilstm import (
 )
 from multilstm import keeper as keeper_module
 from multilstm import model as model_module
+from multilstm import plan as plan_module
 from multilstm import train as train_run
 from multilstm import training as training_module
 from multilstm.errors import UserError, WriteError
@@ -1626,7 +1627,7 @@ def test_no_config_gives_more_than_a_line(trained, rng):
         trained.config.write_text(json.dumps(changed))
         for read in (
             lambda: load_run(trained.path),
-            lambda: training_module._read_plan(trained, {}),
+            lambda: plan_module.read_plan(trained, {}),
             lambda: preset_of(trained.read_config()),
         ):
             try:

@@ -25,8 +25,8 @@ from multilstm import LanguageModel, load_corpus
 from multilstm.evaluation import Evaluator
 from multilstm.files import write_json
 from multilstm.optimizers import make_optimizer
+from multilstm.plan import cut_batches
 from multilstm.runs import describe_environment
-from multilstm.training import cut_batches
 
 AFTER_A_STALL = "mean since valid stalled"
 

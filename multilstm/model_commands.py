@@ -24,7 +24,8 @@ from multilstm.generation import generate, predict_next_words
 from multilstm.ops import last_kernel
 from multilstm.options import Evaluate, Generate, Predict, Train
 from multilstm.presets import preset_of
-from multilstm.run_folder import RESULT_SCHEMA, RunFolder
+from multilstm.results import RESULT_SCHEMA
+from multilstm.run_folder import RunFolder
 from multilstm.runs import (
     describe_environment,
     describe_protocol,

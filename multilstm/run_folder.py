@@ -50,8 +50,6 @@ from multilstm.presets import CONFIG_SCHEMA
 from multilstm.vocabulary import Vocabulary
 from multilstm.weights_file import describe_weights, write_weights
 
-RESULT_SCHEMA = "multilstm-result-1"
-
 logger = logging.getLogger(__name__)
 
 

@@ -1,10 +1,10 @@
 """Model + data -> trained model, in a run folder that can be gone on from.
 
-The training itself is `keras.Model.fit`. What is here comes before and after
-it: what was asked for is checked, the model built or its checkpoint read, the
-text cut for each epoch, the figures taken at the end. `keeper.py` keeps what a
-run has reached; one that goes on from a checkpoint ends as if it had never been
-stopped.
+The training itself is `keras.Model.fit`. What is here comes before it: the
+model is built or its checkpoint read, the text cut for each epoch. `plan.py`
+checks what was asked for, `keeper.py` keeps what a run has reached,
+`results.py` takes the figures at the end. A run that goes on from a checkpoint
+ends as if it had never been stopped.
 """
 
 import dataclasses
@@ -16,25 +16,21 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from multilstm.checkpoint import History, Progress
+from multilstm.checkpoint import Progress
 from multilstm.corpus import Corpus
 from multilstm.dataset import (
-    ContinuousStreams,
-    NextWordWindows,
-    VariableStreams,
     part_of_rows,
 )
 from multilstm.devices import CUDA_FORMS, device_and_driver
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluator
 from multilstm.failures import explaining_failures
-from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.keeper import (
     DivergedError,
     Keeper,
@@ -49,47 +45,33 @@ from multilstm.model import LanguageModel
 from multilstm.ops import (
     Devices,
     has_gpu,
-    last_kernel,
     tf32,
     use_devices,
 )
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import Preset, find_preset, preset_of
+from multilstm.plan import (
+    Precision,
+    check_trainable,
+    cut_batches,
+    make_plan,
+    read_plan,
+)
+from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
-from multilstm.run_folder import RESULT_SCHEMA, RunFolder
+from multilstm.results import read_result, take_figures, tell_again
+from multilstm.run_folder import RunFolder
 from multilstm.runs import (
     DEFAULTS,
     check_corpus_is_there,
     corpus_name,
-    describe_environment,
-    describe_protocol,
-    explaining_config,
     load_corpus_of,
     load_run,
-    peak_memory_mb,
     weights_sha256,
 )
 from multilstm.vocabulary import UnknownWords
-from multilstm.weights_file import describe_weights
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["float32", "tf32", "mixed_bfloat16"]
-
-# What may change when a run goes on. A corpus may lie elsewhere: that it is
-# the same text is seen by its checksums.
-_CHANGEABLE = (
-    *("epochs", "patience", "until_perplexity", "learning_rate"),
-    *("checkpoint_minutes", "corpus", "halved_from"),
-)
-
-# What a result must have, to stand for a run that is not trained again.
-_TOLD_AGAIN = {
-    *("status", "epochs", "device", "backend", "history", "best_epoch"),
-    *("valid_perplexity", "test_perplexity", "test_unigram_perplexity"),
-    "tokens_per_second",
-}
 
 
 def train(
@@ -267,28 +249,16 @@ def _train(
     exists = folder.devices.from_first(folder.config.exists())
     resuming = resume and bool(exists)
     if resuming:
-        settings, plan = _read_plan(folder, given)
+        settings, plan = read_plan(folder, given)
         if "corpus" not in given:
             check_corpus_is_there(settings)
     else:
         settings = DEFAULTS | given
-        plan = _plan(settings, find_preset(settings["preset"]))
+        plan = make_plan(settings, find_preset(settings["preset"]))
     if settings["precision"] is None:
         settings["precision"] = "tf32" if has_gpu() else "float32"
     data = load_corpus_of(settings, data_folder)
-    _check_splits(data)
-    if not resuming:  # a run that was begun with too many goes on
-        _check_has_words(data, settings["train_tokens"])
-    # If it can be, and the rows be shared.
-    batches = cut_batches(plan, data.train[: settings["train_tokens"]], 0, 0)
-    _check_makes_a_step(plan, batches)
-    part_of_rows(plan.batch_size, folder.devices.count)
-    if plan.gradient_accumulation_steps > 1 and not folder.devices.accumulates:
-        raise UserError(
-            "Several devices on TensorFlow take one batch a step; received "
-            f"--gradient-accumulation-steps {plan.gradient_accumulation_steps}"
-            ". Leave it out, or use jax or torch."
-        )
+    check_trainable(plan, settings, data, folder.devices, is_new=not resuming)
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
         return _train_held(
@@ -395,12 +365,12 @@ def _train_held(
             keeper.early_end,
         )
     if keeper.has_ended:
-        earlier = _read_result(folder)
+        earlier = read_result(folder)
         if (earlier["status"], earlier["epochs"]) == (
             "finished",
             len(begun.history),
         ):
-            return _tell_again(earlier, settings, keeper)
+            return tell_again(earlier, settings, keeper)
     else:
         _warn_of_other_backend(begun)
     times = StepTimes()
@@ -413,7 +383,7 @@ def _train_held(
     _fit(model, cut, keeper, times, progress=progress)
     model.forget_steps()
     speed = times.summary(tokens_per_step(batches, plan))
-    return _finish(model, settings, keeper, speed)
+    return take_figures(model, settings, keeper, speed)
 
 
 # Before training -----------------------------------------------------------
@@ -453,129 +423,6 @@ def _default_folder(given: dict[str, Any]) -> Path:
     corpus = Path(chosen["corpus"]).name
     backend = keras.config.backend()
     return Path("runs") / f"{chosen['preset']}-{corpus}-{backend}"
-
-
-def _settings_to_resume(
-    folder: RunFolder, given: dict[str, Any]
-) -> tuple[dict[str, Any], Preset]:
-    """The settings of a run, and the preset as it was when it began."""
-    config = DEFAULTS | folder.read_config()
-    preset = preset_of(config)
-    settings = {name: config[name] for name in DEFAULTS}
-    asked = given.get("learning_rate")
-    is_again = asked is not None and asked == config["halved_from"]
-    if is_again and "halved_from" not in given:
-        # The same command as before its rate had proved too high.
-        given = {k: v for k, v in given.items() if k != "learning_rate"}
-        logger.warning(
-            "The learning rate stays %g: with %g the run diverged. Give "
-            "another one to change it.",
-            config["learning_rate"],
-            asked,
-        )
-    for name, value in given.items():
-        before = settings[name]
-        if before is None:  # the preset's, where it has such a value
-            before = getattr(preset, name, None)
-        if name in _CHANGEABLE:
-            settings[name] = value
-        elif before != value:
-            raise UserError(
-                f"{folder.path} was started with {name}={before!r}; "
-                f"received {value!r}. Resume without it, or start another "
-                "run with --out."
-            )
-    return settings, preset
-
-
-def _read_plan(
-    folder: RunFolder, given: dict[str, Any]
-) -> tuple[dict[str, Any], Preset]:
-    """What a run that goes on was asked for before, and is now."""
-    with explaining_config(folder):
-        settings, preset = _settings_to_resume(folder, given)
-        plan = _plan(settings, preset)
-        make_optimizer(plan)  # so that what it cannot be made of is told
-    return settings, plan
-
-
-def _plan(settings: dict[str, Any], preset: Preset) -> Preset:
-    """The preset with the settings' changes in it."""
-    needed = {
-        "epochs": 1,
-        "batch_size": 1,
-        "sequence_length": 1,
-        "patience": 1,
-        "until_perplexity": 1,
-        "gradient_accumulation_steps": 1,
-        "train_tokens": 1,
-        "checkpoint_minutes": 0,
-        "seed": 0,
-    }
-    for name, least in needed.items():
-        value = settings[name]
-        if value is not None and not least <= value < math.inf:
-            raise UserError(
-                f"`{name}` must be at least {least}, and finite; received "
-                f"{value}."
-            )
-    rate = settings["learning_rate"]
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"`learning_rate` must be above 0; received {rate}.")
-    if settings["precision"] not in (None, *get_args(Precision)):
-        raise UserError(
-            f"`precision` must be one of {', '.join(get_args(Precision))}; "
-            f"received {settings['precision']!r}."
-        )
-    if preset.starts_from and settings["starts_from"] is None:
-        raise UserError(
-            f"The preset {preset.name} goes on from a run of "
-            f"{preset.starts_from}; received none. Give its folder with "
-            "--starts-from."
-        )
-    names = (
-        "epochs batch_size sequence_length learning_rate "
-        "gradient_accumulation_steps"
-    )
-    changes = {
-        name: settings[name]
-        for name in names.split()
-        if settings[name] is not None
-    }
-    plan = dataclasses.replace(preset, **changes)
-    if plan.length_std is not None and plan.gradient_accumulation_steps > 1:
-        raise UserError(
-            f"Accumulated gradients need batches of one length; {plan.name} "
-            "has a rate for each. Leave --gradient-accumulation-steps out."
-        )
-    return plan
-
-
-def _check_makes_a_step(plan: Preset, batches: Any) -> None:
-    if plan.gradient_accumulation_steps > len(batches):
-        raise UserError(
-            "--gradient-accumulation-steps must be at most the batches of an "
-            f"epoch, which are {len(batches)}; received "
-            f"{plan.gradient_accumulation_steps}. Lower it, or give more text."
-        )
-
-
-def _check_has_words(data: Corpus, train_tokens: int | None) -> None:
-    if train_tokens is not None and train_tokens > len(data.train):
-        raise UserError(
-            f"`train_tokens` must be at most the {len(data.train):,} words of "
-            f"the training text of {data.name}; received {train_tokens:,}. "
-            "Leave it out to train on all of them."
-        )
-
-
-def _check_splits(data: Corpus) -> None:
-    for split in ("valid", "test"):
-        if len(data.split(split)) < 2:
-            raise UserError(
-                f"The {split} text of {data.name} must have two words or "
-                f"more; it has {len(data.split(split))}. Add text to it."
-            )
 
 
 def _build(
@@ -626,25 +473,6 @@ def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
     model.set_weights(trained.get_weights())
 
 
-def cut_batches(
-    plan: Preset, token_ids: NDArray[np.int32], seed: int, epoch: int
-) -> Any:
-    """The batches that a preset trains on in an epoch, counted from 0."""
-    sizes = (plan.sequence_length, plan.batch_size)
-    if plan.length_std is not None:
-        return VariableStreams(
-            token_ids,
-            *sizes,
-            std=plan.length_std,
-            half_share=plan.half_length_share,
-            rotates_rows=plan.rotates_rows,
-            seed=[seed, epoch],
-        )
-    if plan.carry_state:
-        return ContinuousStreams(token_ids, *sizes, drop_remainder=True)
-    return NextWordWindows(token_ids, *sizes)
-
-
 def _check_same_text(folder: RunFolder, data: Corpus) -> None:
     config = folder.read_config()
     if data.sha256 != config.get("corpus_sha256"):
@@ -659,29 +487,13 @@ def _check_nothing_is_lost(folder: RunFolder) -> None:
     """Of a run without a checkpoint, which is about to begin anew."""
     # One may have been killed between its first weights and checkpoint, but
     # before a second epoch the first one's checkpoint is waited for.
-    if folder.num_epochs_told() > 1 or _read_result(folder)["epochs"]:
+    if folder.num_epochs_told() > 1 or read_result(folder)["epochs"]:
         raise UserError(
             f"A run goes on from its {folder.checkpoint}, which is gone; it "
             "would begin anew and its best weights be overwritten. Put the "
             "checkpoint back, or train in another folder (--out), with "
             f"--starts-from {folder.path} from these weights."
         )
-
-
-def _read_result(folder: RunFolder) -> dict[str, Any]:
-    """The figures of a run that has ended before, or that of none."""
-    none = {"status": "missing", "epochs": 0}
-    if not folder.result.exists():
-        return none
-    try:
-        result = read_json(folder.result, schema=RESULT_SCHEMA)
-        missing = sorted(_TOLD_AGAIN - result.keys())
-        if missing:
-            raise UserError(f"{folder.result} lacks {', '.join(missing)}.")
-    except UserError as error:
-        logger.warning("%s It is made anew.", error)
-        return none
-    return result
 
 
 # Training ------------------------------------------------------------------
@@ -767,91 +579,3 @@ class _Rest(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.batches[self.first + index]
-
-
-# After training ------------------------------------------------------------
-
-
-def _tell_again(
-    earlier: dict[str, Any], settings: dict[str, Any], keeper: Keeper
-) -> dict[str, Any]:
-    """The figures of a run that has ended, by the options that it has now."""
-    result = earlier | {
-        "run": str(keeper.folder.path),
-        "epochs_planned": keeper.plan.epochs,
-        "is_out_of_time": False,
-        "protocol": describe_protocol(keeper.plan, settings),
-    }
-    if result != earlier and not keeper.folder.devices.rank:
-        write_json(keeper.folder.result, result)
-    return result
-
-
-def _epoch_of(best: dict[str, float], history: History) -> float | None:
-    """The epoch that the best weights are of, if the history has it.
-
-    It has not where a checkpoint was lost, and the epochs after the one
-    before it went worse when they were trained again.
-    """
-    if not best:
-        return None
-    epoch = best["epoch"]
-    if epoch == 0:  # of the run that it began with
-        return epoch
-    told = {row["epoch"]: row["valid_perplexity"] for row in history}
-    return epoch if told.get(epoch) == best["valid_perplexity"] else None
-
-
-def _finish(
-    model: LanguageModel,
-    settings: dict[str, Any],
-    keeper: Keeper,
-    speed: dict[str, Any],
-) -> dict[str, Any]:
-    folder, data, history = keeper.folder, keeper.data, keeper.history
-    # There are none where it was stopped in its first epoch, or before.
-    has_best = math.isfinite(keeper.best_perplexity)
-    best = describe_weights(folder.best_weights) if has_best else {}
-    result: dict[str, Any] = {
-        "schema": RESULT_SCHEMA,
-        "status": "interrupted" if keeper.interrupted else "finished",
-        "run": str(folder.path),
-        **describe_environment(),
-        "preset": settings["preset"],
-        "corpus": data.name,
-        "seed": settings["seed"],
-        "devices": folder.devices.count,
-        "initial_weights_sha256": folder.read_config()[
-            "initial_weights_sha256"
-        ],
-        "precision": settings["precision"],
-        "learning_rate": keeper.plan.learning_rate,
-        "train_tokens": settings["train_tokens"],
-        "starts_from": settings["starts_from"],
-        "gradient_accumulation_steps": (
-            keeper.plan.gradient_accumulation_steps
-        ),
-        "softmax": settings["softmax"],
-        "kernel": keeper.kernel or last_kernel(),
-        "parameters": model.count_params(),
-        "epochs": len(history),
-        "epochs_planned": keeper.plan.epochs,
-        "is_out_of_time": keeper.out_of_time and not keeper.has_ended,
-        "best_epoch": _epoch_of(best, history),
-        "valid_perplexity": best["valid_perplexity"] if best else None,
-        "test_perplexity": None,
-        "test_unigram_perplexity": data.unigram_perplexity("test"),
-        "protocol": describe_protocol(keeper.plan, settings),
-        **speed,
-        "peak_memory_mb": peak_memory_mb(),
-        "history": history,
-    }
-    if not keeper.interrupted:
-        folder.devices.total(0)  # until the first has written them
-        kept, _, _ = load_run(folder.path)
-        keeper.evaluator.model.set_weights(kept.get_weights())
-        result["test_perplexity"] = keeper.evaluator(data.test).perplexity
-    if not folder.devices.rank:
-        write_json(folder.result, finite_or_none(result))
-    folder.devices.total(0)  # none goes before the first has written
-    return result

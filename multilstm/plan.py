@@ -1,0 +1,191 @@
+"""What a run was asked for -> its plan: a preset with the changes in it.
+
+A plan that cannot be trained is refused here, before anything is written.
+"""
+
+import dataclasses
+import logging
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from multilstm.corpus import Corpus
+from multilstm.dataset import (
+    ContinuousStreams,
+    NextWordWindows,
+    VariableStreams,
+    part_of_rows,
+)
+from multilstm.errors import UserError
+from multilstm.ops import Devices
+from multilstm.optimizers import make_optimizer
+from multilstm.presets import Preset, preset_of
+from multilstm.run_folder import RunFolder
+from multilstm.runs import DEFAULTS, explaining_config
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["float32", "tf32", "mixed_bfloat16"]
+
+# What may change when a run goes on. A corpus may lie elsewhere: that it is
+# the same text is seen by its checksums.
+_CHANGEABLE = (
+    *("epochs", "patience", "until_perplexity", "learning_rate"),
+    *("checkpoint_minutes", "corpus", "halved_from"),
+)
+
+
+def _settings_to_resume(
+    folder: RunFolder, given: dict[str, Any]
+) -> tuple[dict[str, Any], Preset]:
+    """The settings of a run, and the preset as it was when it began."""
+    config = DEFAULTS | folder.read_config()
+    preset = preset_of(config)
+    settings = {name: config[name] for name in DEFAULTS}
+    asked = given.get("learning_rate")
+    is_again = asked is not None and asked == config["halved_from"]
+    if is_again and "halved_from" not in given:
+        # The same command as before its rate had proved too high.
+        given = {k: v for k, v in given.items() if k != "learning_rate"}
+        logger.warning(
+            "The learning rate stays %g: with %g the run diverged. Give "
+            "another one to change it.",
+            config["learning_rate"],
+            asked,
+        )
+    for name, value in given.items():
+        before = settings[name]
+        if before is None:  # the preset's, where it has such a value
+            before = getattr(preset, name, None)
+        if name in _CHANGEABLE:
+            settings[name] = value
+        elif before != value:
+            raise UserError(
+                f"{folder.path} was started with {name}={before!r}; "
+                f"received {value!r}. Resume without it, or start another "
+                "run with --out."
+            )
+    return settings, preset
+
+
+def read_plan(
+    folder: RunFolder, given: dict[str, Any]
+) -> tuple[dict[str, Any], Preset]:
+    """What a run that goes on was asked for before, and is now."""
+    with explaining_config(folder):
+        settings, preset = _settings_to_resume(folder, given)
+        plan = make_plan(settings, preset)
+        make_optimizer(plan)  # so that what it cannot be made of is told
+    return settings, plan
+
+
+def make_plan(settings: dict[str, Any], preset: Preset) -> Preset:
+    """The preset with the settings' changes in it."""
+    needed = {
+        "epochs": 1,
+        "batch_size": 1,
+        "sequence_length": 1,
+        "patience": 1,
+        "until_perplexity": 1,
+        "gradient_accumulation_steps": 1,
+        "train_tokens": 1,
+        "checkpoint_minutes": 0,
+        "seed": 0,
+    }
+    for name, least in needed.items():
+        value = settings[name]
+        if value is not None and not least <= value < math.inf:
+            raise UserError(
+                f"`{name}` must be at least {least}, and finite; received "
+                f"{value}."
+            )
+    rate = settings["learning_rate"]
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"`learning_rate` must be above 0; received {rate}.")
+    if settings["precision"] not in (None, *get_args(Precision)):
+        raise UserError(
+            f"`precision` must be one of {', '.join(get_args(Precision))}; "
+            f"received {settings['precision']!r}."
+        )
+    if preset.starts_from and settings["starts_from"] is None:
+        raise UserError(
+            f"The preset {preset.name} goes on from a run of "
+            f"{preset.starts_from}; received none. Give its folder with "
+            "--starts-from."
+        )
+    names = (
+        "epochs batch_size sequence_length learning_rate "
+        "gradient_accumulation_steps"
+    )
+    changes = {
+        name: settings[name]
+        for name in names.split()
+        if settings[name] is not None
+    }
+    plan = dataclasses.replace(preset, **changes)
+    if plan.length_std is not None and plan.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"Accumulated gradients need batches of one length; {plan.name} "
+            "has a rate for each. Leave --gradient-accumulation-steps out."
+        )
+    return plan
+
+
+def check_trainable(
+    plan: Preset,
+    settings: dict[str, Any],
+    data: Corpus,
+    devices: Devices,
+    *,
+    is_new: bool,
+) -> None:
+    """Refuses a text or devices that a plan cannot be trained on."""
+    for split in ("valid", "test"):
+        if len(data.split(split)) < 2:
+            raise UserError(
+                f"The {split} text of {data.name} must have two words or "
+                f"more; it has {len(data.split(split))}. Add text to it."
+            )
+    num_words = settings["train_tokens"]
+    # A run that was begun with too many goes on.
+    if is_new and num_words is not None and num_words > len(data.train):
+        raise UserError(
+            f"`train_tokens` must be at most the {len(data.train):,} words of "
+            f"the training text of {data.name}; received {num_words:,}. "
+            "Leave it out to train on all of them."
+        )
+    batches = cut_batches(plan, data.train[:num_words], 0, 0)  # if it can be
+    if plan.gradient_accumulation_steps > len(batches):
+        raise UserError(
+            "--gradient-accumulation-steps must be at most the batches of an "
+            f"epoch, which are {len(batches)}; received "
+            f"{plan.gradient_accumulation_steps}. Lower it, or give more text."
+        )
+    part_of_rows(plan.batch_size, devices.count)  # likewise
+    if plan.gradient_accumulation_steps > 1 and not devices.accumulates:
+        raise UserError(
+            "Several devices on TensorFlow take one batch a step; received "
+            f"--gradient-accumulation-steps {plan.gradient_accumulation_steps}"
+            ". Leave it out, or use jax or torch."
+        )
+
+
+def cut_batches(
+    plan: Preset, token_ids: NDArray[np.int32], seed: int, epoch: int
+) -> Any:
+    """The batches that a preset trains on in an epoch, counted from 0."""
+    sizes = (plan.sequence_length, plan.batch_size)
+    if plan.length_std is not None:
+        return VariableStreams(
+            token_ids,
+            *sizes,
+            std=plan.length_std,
+            half_share=plan.half_length_share,
+            rotates_rows=plan.rotates_rows,
+            seed=[seed, epoch],
+        )
+    if plan.carry_state:
+        return ContinuousStreams(token_ids, *sizes, drop_remainder=True)
+    return NextWordWindows(token_ids, *sizes)
