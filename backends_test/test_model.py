@@ -101,6 +101,54 @@ def test_tied_embeddings_of_another_size_come_after_a_product(rng):
     np.testing.assert_allclose(numpy(nll), truth, **CLOSE)
 
 
+@pytest.mark.skipif(
+    BACKEND == "jax", reason="JAX has float64 only where it is told to"
+)
+def test_product_with_tied_embeddings_keeps_float64(ids):
+    model = small_model(embedding_dim=4, tied_embeddings=True, dtype="float64")
+    logits = numpy(model(ids))
+    table, bottleneck, bias = map(
+        numpy,
+        (
+            model.embedding.embeddings,
+            model.projection.bottleneck,
+            model.projection.bias,
+        ),
+    )
+    expected = numpy(model.read(ids)[0]) @ bottleneck @ table.T + bias
+    np.testing.assert_allclose(logits, expected, rtol=1e-12)  # float64
+    model.compile("sgd")
+    truth = oracles.negative_log_likelihood(logits, ids).mean()
+    got = model.train_on_batch(ids, ids, return_dict=True)["loss"]
+    assert got == pytest.approx(truth, rel=1e-6)  # given in float32
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="a SavedModel needs TensorFlow"
+)
+def test_exported_model_takes_ids(ids, tmp_path):
+    import tensorflow as tf
+
+    model = small_model()
+    truth = numpy(model(ids))
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    for rows in (3, 1):
+        got = numpy(loaded.serve(tf.constant(ids[:rows])))
+        np.testing.assert_allclose(got, truth[:rows], **CLOSE)
+
+
+def test_copy_is_of_the_same_class(ids):
+    class Mine(LanguageModel):
+        pass
+
+    model = Mine(V, units=6)
+    model(ids)
+    copy = model.copy(dtype="bfloat16")
+    assert type(copy) is Mine
+    assert copy.dtype_policy.name == "bfloat16"
+
+
 @pytest.mark.parametrize(
     "carry_state", [False, True], ids="carry_state={}".format
 )
@@ -665,6 +713,25 @@ def test_ctrl_c_is_left_to_who_has_it(rng):
     assert noted == [1, 1]
 
 
+@pytest.mark.parametrize("save_freq", [2, "epoch"])
+def test_checkpoints_of_keras_come_as_often_as_asked(
+    rng, monkeypatch, tmp_path, save_freq
+):
+    if BACKEND != "torch":
+        monkeypatch.setattr(fitting, "steps_per_dispatch", lambda _: 3)
+    model = small_model()
+    model.compile()
+    of = "epoch" if save_freq == "epoch" else "batch"
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / f"{{{of}}}.weights.h5",
+        save_freq=save_freq,
+        save_weights_only=True,
+    )
+    model.fit(datasets(rng)["windows"], verbose=0, callbacks=checkpoint)
+    made = sorted(path.name.partition(".")[0] for path in tmp_path.iterdir())
+    assert made == (["1"] if save_freq == "epoch" else ["2", "4", "6"])
+
+
 def test_fit_and_evaluate_never_make_logits(rng, monkeypatch):
     model = small_model()
     model.build((2, 5))
@@ -887,7 +954,17 @@ def test_regularizers_keep_cudnn(rng, monkeypatch):
         ({"weight_dropout": 1.0}, "`weight_dropout` must be from 0"),
         ({"embedding_dropout": -0.1}, "`embedding_dropout` must be from 0"),
         ({"activation_regularization": -1.0}, "must be 0 or more"),
-        ({"embedding_dim": 0}, "`embedding_dim` must be 1 or more"),
+        ({"embedding_dim": 0}, "`embedding_dim` must be a whole number, 1 or"),
+        ({"units": 0}, "`units` must be a whole number, 1 or more; received 0"),
+        ({"units": [3, -1]}, "`units` must be a whole number, 1 or more; rec"),
+        ({"units": 5.5}, "`units` must be a whole number, 1 or more; received"),
+        ({"units": []}, "`units` must have one layer or more"),
+        ({"num_layers": "2"}, "`num_layers` must be a whole number, 1 or more"),
+        ({"seed": -1}, "`seed` must be a whole number, 0 or more; received -1"),
+        (
+            {"seed": None},
+            "`seed` must be a whole number, 0 or more; received",
+        ),
         ({"initializer": "he"}, "uniform, torch, torch_normal; received 'he'"),
         (
             {"initializer": "torch", "initializer_scale": None},
@@ -1245,11 +1322,38 @@ def test_as_many_steps_are_trained_as_are_asked_for(rng, arguments, expected):
     )
 
 
-def test_weights_of_classes_are_refused(rng):
+@pytest.mark.parametrize("loss", [None, "sparse_categorical_crossentropy"])
+def test_weights_of_classes_are_refused(rng, loss):
     model = small_model()
-    model.compile()
+    model.compile(loss=loss)
     with pytest.raises(UserError, match="not for words; received 2 weights"):
         model.fit(datasets(rng)["streams"], class_weight={0: 1.0, 1: 2.0})
+
+
+def test_fit_before_compile_is_told(rng):
+    for data in datasets(rng).values():
+        with pytest.raises(UserError, match=r"Call model.compile\(\) first"):
+            small_model().fit(data)
+
+
+def test_targets_that_are_not_of_the_inputs_are_told(ids):
+    for targets, told in (
+        (ids[:, 1:], r"of shape \(.*, 5\); received \(.*, 4\)"),
+        (None, "needs targets, the next word of each; received none"),
+    ):
+        model = small_model()  # Keras's on JAX outlives no mistake
+        model.compile()
+        with pytest.raises(UserError, match=told):
+            model.evaluate(ids, targets, verbose=0)
+
+
+def test_ids_are_rows_of_words(ids):
+    with pytest.raises(UserError, match=r"\(batch, time\); received \(5,\)"):
+        small_model()(ids[0])
+    model = small_model()
+    model(ids)
+    with pytest.raises(UserError, match=r"\(batch, time\); received \(5,\)"):
+        model(ids[0])
 
 
 def test_one_hot_targets_need_a_loss_of_keras(rng):

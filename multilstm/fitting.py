@@ -120,16 +120,20 @@ class TextModel(keras.Model):
         a group, as with Keras's `steps_per_execution`.
 
         Raises:
-            UserError: If there is a `class_weight`, which has no word of its
-                own to weigh.
+            UserError: If the model is not compiled, or there is a
+                `class_weight`, which is for one label a row.
         """
         named = _by_name(keras.Model.fit, args, kwargs)
-        if self.uses_own_loss and named.get("class_weight"):
+        if not self.compiled:
             raise UserError(
-                "`class_weight` is not for words; received "
-                f"{len(named['class_weight'])} weights. Give batches with a "
-                "`sample_weight` of shape (batch, time), or compile with a "
-                "loss of Keras's."
+                "A model must be compiled before `fit`; this one is not. Call "
+                "model.compile() first."
+            )
+        if named.get("class_weight"):
+            raise UserError(
+                "`class_weight` is for one label a row, not for words; "
+                f"received {len(named['class_weight'])} weights. Give batches "
+                "with a `sample_weight` of shape (batch, time)."
             )
         if self.carry_state:
             named.setdefault("shuffle", False)
@@ -308,7 +312,7 @@ def _needs_every_batch(callbacks: Any) -> bool:
     """Whether a callback of a user's does something at each batch.
 
     Keras's own know of several steps at once, all but the one that calls
-    functions of a user's.
+    functions of a user's and those that do something every so many batches.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
@@ -317,7 +321,12 @@ def _needs_every_batch(callbacks: Any) -> bool:
         kind = type(callback)
         is_lambda = isinstance(callback, keras.callbacks.LambdaCallback)
         is_keras = kind.__module__.partition(".")[0] == "keras"
-        if not isinstance(callback, base) or (is_keras and not is_lambda):
+        if not isinstance(callback, base):
+            continue
+        for name in ("save_freq", "update_freq"):
+            if isinstance(getattr(callback, name, None), int):
+                return True
+        if is_keras and not is_lambda:
             continue
         if getattr(callback, "takes_several_batches", False):
             continue

@@ -144,13 +144,7 @@ class LanguageModel(TextModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        units_of = (
-            [int(units)] * num_layers
-            if isinstance(units, int | np.integer)
-            else [int(size) for size in units]
-        )
-        if not units_of:
-            raise UserError("`units` must have one layer or more; it has none.")
+        units_of = _units_of_layers(units, num_layers)
         if embedding_dim is None:
             embedding_dim = units_of[-1]
         _check_settings(locals())
@@ -265,6 +259,7 @@ class LanguageModel(TextModel):
         return cls(vocabulary_size, **arguments)
 
     def build(self, token_ids_shape: tuple[int | None, ...]) -> None:
+        _check_ids(token_ids_shape)
         batch_size, time = token_ids_shape
         features = self.settings["embedding_dim"]
         self.embedding.build(token_ids_shape)
@@ -317,6 +312,7 @@ class LanguageModel(TextModel):
         training: bool | None,
     ) -> tuple[Any, Any, list[State]]:
         """Last layer's outputs, features to predict from, and states."""
+        _check_ids(token_ids.shape)
         # (batch, time, embedding_dim)
         x = self.embedding(token_ids, training=training)
         x = self.dropouts[0](x, training=training)
@@ -373,6 +369,18 @@ class LanguageModel(TextModel):
         )
         return [(state, state) for state in zeros]
 
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.export`; ids are int32.
+
+        Keras takes inputs of a model of one's own for numbers of its `floatx`.
+        """
+        if len(args) < 3 and kwargs.get("input_signature") is None:
+            carried = self.lstms[0].carried
+            rows = None if carried is None else carried.h.shape[0]
+            ids = keras.InputSpec(shape=(rows, None), dtype="int32")
+            kwargs["input_signature"] = [ids]
+        super().export(filepath, *args, **kwargs)
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.settings}
 
@@ -391,7 +399,7 @@ class LanguageModel(TextModel):
                 as many as this model, where it does.
             changes: Other settings, as the constructor takes them.
         """
-        copy = LanguageModel(
+        copy = type(self)(
             **self.settings | changes, dtype=dtype or self.dtype_policy
         )
         carried = self.lstms[0].carried
@@ -464,6 +472,11 @@ class LanguageModel(TextModel):
     ) -> Any:
         if not self.uses_own_loss:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if y is None:
+            raise UserError(
+                "Training needs targets, the next word of each; received none. "
+                "Give them as y, or a dataset of this package as x."
+            )
         if len(y.shape) == 3 and y.shape[-1] == 1:
             y = ops.squeeze(y, -1)  # as Keras's losses do
         if len(y.shape) != 2:
@@ -472,6 +485,11 @@ class LanguageModel(TextModel):
                 f"received shape {tuple(y.shape)}. Leave one_hot out, or "
                 "compile with keras.losses.CategoricalCrossentropy("
                 "from_logits=True)."
+            )
+        if _differ(y.shape, y_pred.shape[:2]):
+            raise UserError(
+                "There must be a target for each word that is read, of shape "
+                f"{tuple(y_pred.shape[:2])}; received {tuple(y.shape)}."
             )
         if self._gives_features:
             y = ops.convert_to_tensor(y, "int32")
@@ -536,12 +554,47 @@ class LanguageModel(TextModel):
         return words + self._kernel_sizes()
 
 
+def _units_of_layers(units: Any, num_layers: Any) -> list[int]:
+    """The units of each layer, of which all have as many or each its own."""
+    if np.ndim(units) == 0:
+        _check_whole("num_layers", num_layers, 1)
+        units = [units] * num_layers
+    if not len(units):
+        raise UserError("`units` must have one layer or more; it has none.")
+    for size in units:
+        _check_whole("units", size, 1)
+    return [int(size) for size in units]
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int | np.integer) or value < least:
+        raise UserError(
+            f"`{name}` must be a whole number, {least} or more; received "
+            f"{value!r}."
+        )
+
+
+def _differ(left: Any, right: Any) -> bool:
+    """Whether shapes do, as far as they are known."""
+    pairs = zip(left, right, strict=True)
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+
+def _check_ids(shape: Any) -> None:
+    if len(shape) != 2:
+        raise UserError(
+            "Ids of words must have the shape (batch, time); received "
+            f"{tuple(shape)}. Of one text make a batch of one row: ids[None]."
+        )
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
-    for name in ("vocabulary_size", "embedding_dim"):
-        if settings[name] < 1:
-            raise UserError(
-                f"`{name}` must be 1 or more; received {settings[name]}."
-            )
+    for name, least in (
+        ("vocabulary_size", 1),
+        ("embedding_dim", 1),
+        ("seed", 0),
+    ):
+        _check_whole(name, settings[name], least)
     for name, value in settings.items():
         if name.endswith("_dropout") and name != "locked_dropout":
             if not 0 <= value < 1:

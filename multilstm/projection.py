@@ -76,8 +76,7 @@ class Projection(keras.layers.Layer):
 
     def call(self, features: Any) -> Any:
         kernel, bias = self._read_weights()
-        features = self._narrow(features)
-        return ops.matmul(features, kernel) + bias
+        return self._narrow(features) @ kernel + bias
 
     def negative_log_likelihood(
         self,
@@ -111,7 +110,8 @@ class Projection(keras.layers.Layer):
         """Features of the embeddings' size."""
         if self.bottleneck is None:
             return features
-        return ops.matmul(features, self._read(self.bottleneck))
+        # On PyTorch `ops.matmul` makes float32 of float64.
+        return features @ self._read(self.bottleneck)
 
     def _add_kernel(self, shape: tuple[int | None, int]) -> Any:
         return self.add_weight(
