@@ -1330,6 +1330,12 @@ def test_weights_of_classes_are_refused(rng, loss):
         model.fit(datasets(rng)["streams"], class_weight={0: 1.0, 1: 2.0})
 
 
+def test_model_predicts_before_compile(ids):
+    model = small_model()
+    truth = numpy(model(ids))
+    np.testing.assert_allclose(model.predict(ids, verbose=0), truth, **CLOSE)
+
+
 def test_fit_before_compile_is_told(rng):
     for data in datasets(rng).values():
         with pytest.raises(UserError, match=r"Call model.compile\(\) first"):
@@ -1341,10 +1347,28 @@ def test_targets_that_are_not_of_the_inputs_are_told(ids):
         (ids[:, 1:], r"of shape \(.*, 5\); received \(.*, 4\)"),
         (None, "needs targets, the next word of each; received none"),
     ):
-        model = small_model()  # Keras's on JAX outlives no mistake
+        model = small_model()
         model.compile()
         with pytest.raises(UserError, match=told):
-            model.evaluate(ids, targets, verbose=0)
+            model.fit(ids, targets, verbose=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_model_outlives_a_mistake_in_its_data(method, carry_state, ids):
+    """On JAX Keras leaves it without its arrays."""
+    model = small_model(carry_state=carry_state)
+    model.build((3, 5))
+    model.compile()
+    model.fit(ids, ids, batch_size=3, verbose=0)
+    before = model.evaluate(ids, ids, batch_size=3, verbose=0)
+    wrong = (ids[0],) if method == "predict" else (ids, ids[:, 1:])
+    # TensorFlow, which has seen other lengths before, tells in its own words.
+    with pytest.raises(Exception, match=r"; received|Incompatible shapes"):
+        getattr(model, method)(*wrong, batch_size=3, verbose=0)
+    again = model.evaluate(ids, ids, batch_size=3, verbose=0)
+    assert again == before
+    model.fit(ids, ids, batch_size=3, verbose=0)
 
 
 def test_ids_are_rows_of_words(ids):

@@ -26,6 +26,7 @@ from multilstm.errors import UserError
 from multilstm.layers import ResetCarriedState
 from multilstm.ops import (
     feed,
+    keeping_variables,
     make_test_function,
     make_train_function,
     on_host,
@@ -153,7 +154,7 @@ class TextModel(keras.Model):
             if self.steps_per_execution > 1 and is_shown:
                 callbacks = _with_bar(callbacks)
             named["callbacks"] = callbacks
-            with interrupts.kept():
+            with interrupts.kept(), keeping_variables(self):
                 return super().fit(data, **named)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +162,8 @@ class TextModel(keras.Model):
         named = _by_name(keras.Model.evaluate, args, kwargs)
         if self.carry_state:
             self._prepare_carry(named)
-        return super().evaluate(**named)
+        with keeping_variables(self):
+            return super().evaluate(**named)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.predict`; starts from a state of zeros."""
@@ -172,7 +174,8 @@ class TextModel(keras.Model):
         before = self.steps_per_execution
         self.steps_per_execution = self._asked_steps or 1
         try:
-            return super().predict(**named)
+            with keeping_variables(self):
+                return super().predict(**named)
         finally:
             self.steps_per_execution = before
 

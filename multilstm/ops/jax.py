@@ -570,6 +570,27 @@ def _equal_shapes(batches: list[Any]) -> Iterator[list[Any]]:
         yield list(group)
 
 
+@contextmanager
+def keeping_variables(model: Any) -> Iterator[None]:
+    """As `reference.keeping_variables`.
+
+    For its steps Keras takes the arrays out of a model's variables, and a
+    step that cannot be compiled, for a mistake in its data, leaves them out.
+    """
+    variables = [*model.variables, *model.metrics_variables]
+    if model.compiled:
+        variables += model.optimizer.variables
+    before = [variable.value for variable in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, before, strict=True):
+            # What steps were done with is gone, and its variable not empty.
+            if variable._value is None and not value.is_deleted():
+                variable.assign(value)
+        raise
+
+
 def sync_variables(model: Any) -> None:
     """Brings a model's variables up to date within `fit`."""
     model.jax_state_sync()
