@@ -727,6 +727,7 @@ def test_presets_are_listed_with_their_sources(command):
     assert [row["preset"] for row in rows] == list(PRESETS)
     text = "\n".join(lines)
     assert "60.7 / 58.8" in text
+    assert "weights with 10,000 words" in " ".join(text.split())
     # A table of 80 columns has their names whole.
     assert all(f" {name} " in text for name in PRESETS)
     assert "arXiv:1708.02182" in text

@@ -1433,6 +1433,13 @@ def test_accumulation_that_never_makes_a_step_is_refused(train, tmp_path):
     train(**few, gradient_accumulation_steps=3)
 
 
+def test_adaptive_softmax_of_tied_embeddings_is_refused(train, tmp_path):
+    told = "the preset tiny are the softmax's too.*--preset zaremba_medium"
+    with pytest.raises(UserError, match=told):
+        train(softmax="adaptive")
+    assert not (tmp_path / "run").exists()
+
+
 def test_devices_that_do_not_accumulate_leave_no_folder(
     train, tmp_path, monkeypatch
 ):

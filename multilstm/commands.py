@@ -310,7 +310,10 @@ def run_presets(options: Presets, console: Console) -> dict[str, Any]:
                 f"{getattr(options, name)}."
             )
     rows = describe_presets(options.vocabulary_size, options.tokens)
-    table = Table(title="perplexity, valid / test (PTB; small: python-docs)")
+    table = Table(
+        title="perplexity, valid / test (PTB; small: python-docs); weights "
+        f"with {options.vocabulary_size:,} words"
+    )
     table.add_column("preset", no_wrap=True)  # as --preset takes it
     for heading in ("weights", "epochs", "published", "measured", "time here"):
         table.add_column(heading)

@@ -115,6 +115,12 @@ def make_plan(settings: dict[str, Any], preset: Preset) -> Preset:
             f"{preset.starts_from}; received none. Give its folder with "
             "--starts-from."
         )
+    if settings["softmax"] == "adaptive" and preset.tied_embeddings:
+        raise UserError(
+            "--softmax adaptive needs weights of its own; the embeddings of "
+            f"the preset {preset.name} are the softmax's too. Take a preset "
+            "whose are not (--preset zaremba_medium), or --softmax sampled."
+        )
     names = (
         "epochs batch_size sequence_length learning_rate "
         "gradient_accumulation_steps"
