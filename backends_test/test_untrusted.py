@@ -22,8 +22,8 @@ import multilstm
 from multilstm import (
     Vocabulary,
     load_run,
+    plan,
     read_words,
-    training,
 )
 from multilstm.__main__ import main
 from multilstm.bench import BENCH_SCHEMA
@@ -154,6 +154,46 @@ def run(tmp_path_factory):
     return root / "run"
 
 
+NO_NUMBERS = (None, "10", [], {}, True, -1, 10**30)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("corpus", (None, 3, [])),
+        ("max_vocabulary", ("900", "", [])),
+        ("seed", (1.5, *NO_NUMBERS)),
+        ("precision", (3, [])),
+        ("checkpoint_minutes", (None, "", float("nan"))),
+        ("preset_settings.batch_size", NO_NUMBERS),
+        ("preset_settings.sequence_length", NO_NUMBERS),
+        ("preset_settings.units", (None, 1.5, [1, "a"])),
+        ("preset_settings.num_layers", (0, 1.5, 10**12, *NO_NUMBERS)),
+        ("preset_settings.input_dropout", (None, "", [])),
+        ("preset_settings.embedding_dropout", (None, "", [])),
+        ("preset_settings.activation_regularization", (None, "")),
+        ("preset_settings.length_std", ("", [])),
+        ("preset_settings.tied_embeddings", (None, 1)),
+        ("preset_settings.loss", ([], "all")),
+    ],
+    ids=str,
+)
+def test_config_with_another_kind_of_value_is_one_line(
+    name, values, run, tmp_path, capsys
+):
+    path = shutil.copytree(run, tmp_path / "run") / "config.json"
+    *group, last = name.split(".")
+    command = ["train", "--out", str(path.parent), "--resume", "--epochs", "2"]
+    for value in values:
+        config = json.loads((run / "config.json").read_text())
+        (config[group[0]] if group else config)[last] = value
+        path.write_text(json.dumps(config))
+        for words in (command, ["evaluate", str(path.parent)]):
+            status = main(words)
+            [told] = capsys.readouterr().err.splitlines()
+            assert (status, told[:7]) == (1, "error: "), value
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
@@ -204,7 +244,7 @@ def readers(folder):
         "config": (run.config, lambda path: load_run(path.parent)),
         "resumed config": (
             run.config,
-            lambda path: training._read_plan(RunFolder(path.parent), {}),
+            lambda path: plan.read_plan(RunFolder(path.parent), {}),
         ),
         "text": (folder / "train.txt", lambda path: list(read_words(path))),
         "result": (folder / "bench.json", lambda path: read_results([path])),

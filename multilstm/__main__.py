@@ -15,7 +15,7 @@ from rich.console import Console
 
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
-from multilstm.files import finite_or_none, read_json
+from multilstm.files import finite_or_none
 from multilstm.launch import launch, place_among_processes, tell_once
 from multilstm.options import (
     Bench,
@@ -32,7 +32,7 @@ from multilstm.options import (
     Report,
     Train,
 )
-from multilstm.presets import CONFIG_SCHEMA, find_preset, preset_of
+from multilstm.presets import find_preset, preset_of, read_config
 from multilstm.selection import select_backend
 
 COMMANDS = (
@@ -119,7 +119,7 @@ def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
     precision = options.precision
     config = options.out and options.out / "config.json"
     if options.resume and config and config.exists():
-        settings = read_json(config, schema=CONFIG_SCHEMA)
+        settings = read_config(config)
         preset, precision = preset_of(settings), settings.get("precision")
     dtype = "bfloat16" if precision == "mixed_bfloat16" else precision
     shape = {

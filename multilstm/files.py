@@ -8,10 +8,11 @@ import secrets
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from multilstm.errors import UserError, WriteError
 
@@ -22,6 +23,15 @@ _BROKEN = (
     *(SyntaxError, TypeError, OverflowError, tokenize.TokenError),  # headers
 )
 
+_MOST = 10**18  # frameworks have 64 bits for a number
+
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number from 0 to 10**18",
+    float: "a finite number",
+    NoneType: "null",
+}
 
 # What some file systems answer, of shared folders among others.
 _NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -157,6 +167,56 @@ def read_json(path: Path, *, schema: str) -> dict[str, Any]:
             "It is not a file of this kind, or of another version."
         )
     return content
+
+
+def check_kinds(values: dict[str, Any], described_by: type, where: str) -> None:
+    """Refuses values that are not of the kinds that a class names.
+
+    Args:
+        values: By name; others than the class has are let pass.
+        described_by: A dataclass: its annotations are of texts, words of a
+            `Literal`, numbers, of which the whole ones are counts, several of
+            these, or None.
+        where: What the message says that they are of.
+
+    Raises:
+        UserError: Names the first one that is not.
+    """
+    for name, kind in get_type_hints(described_by).items():
+        if name in values and not _is_of(values[name], kind):
+            raise UserError(
+                f"`{name}` of {where} must be {_in_words(kind)}; received "
+                f"{repr(values[name])[:80]}."
+            )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is UnionType:
+        return any(_is_of(value, one) for one in inner)
+    if origin is Sequence:
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(_is_of(item, inner[0]) for item in value)
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
+    if kind in (int, float):  # JSON has whole numbers of any size, and bools
+        least = 0 if kind is int else -_MOST
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return is_whole and least <= value <= _MOST
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is UnionType:
+        return " or ".join(_in_words(one) for one in inner)
+    if origin is Sequence:
+        return f"a list, each of it {_in_words(inner[0])}"
+    return _KINDS[kind]
 
 
 def read_or_explain(path: Path, read: Callable[[], Any]) -> Any:

@@ -21,9 +21,9 @@ from multilstm.dataset import (
 from multilstm.errors import UserError
 from multilstm.ops import Devices
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import Preset, preset_of
+from multilstm.presets import DEFAULTS, Preset, preset_of
 from multilstm.run_folder import RunFolder
-from multilstm.runs import DEFAULTS, explaining_config
+from multilstm.runs import explaining_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,12 @@ for its epsilon, which is divided too), which gives the same update.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from multilstm.errors import UserError
+from multilstm.files import check_kinds, read_json
 
 # Of the config.json of a run, which holds its preset as it was.
 CONFIG_SCHEMA = "multilstm-run-1"
@@ -22,6 +24,8 @@ CONFIG_SCHEMA = "multilstm-run-1"
 OptimizerName = Literal["sgd", "adam"]
 LossKind = Literal["mean", "sum_over_time", "sum"]
 Averaging = Literal["never", "triggered", "always"]
+
+_MOST_LAYERS = 1000  # before memory is taken for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +133,12 @@ class Preset:
     published_test: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("optimizer", OptimizerName),
-            ("loss", LossKind),
-            ("averaging", Averaging),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise UserError(
-                    f"`{name}` of a preset must be one of "
-                    f"{', '.join(get_args(kind))}; received {value!r}."
-                )
+        check_kinds(vars(self), Preset, "a preset")
+        if not 1 <= self.num_layers <= _MOST_LAYERS:
+            raise UserError(
+                f"`num_layers` of a preset must be from 1 to {_MOST_LAYERS}; "
+                f"received {self.num_layers}."
+            )
 
     @property
     def loss_scale(self) -> int:
@@ -613,6 +612,46 @@ def find_preset(name: str) -> Preset:
             f"A preset is one of {', '.join(PRESETS)}; received {name!r}."
         )
     return PRESETS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run may be asked for, see `train`; None is the preset's own."""
+
+    preset: str = "small"
+    corpus: str = "python-docs"
+    epochs: int | None = None
+    batch_size: int | None = None
+    sequence_length: int | None = None
+    learning_rate: float | None = None
+    halved_from: float | None = None  # what was asked for, before `retries`
+    gradient_accumulation_steps: int | None = None
+    precision: str | None = None
+    starts_from: str | None = None
+    train_tokens: int | None = None
+    softmax: str = "exact"
+    cutoffs: Sequence[int] | None = None
+    num_sampled: int | None = None
+    seed: int = 0
+    patience: int | None = None
+    until_perplexity: float | None = None
+    checkpoint_minutes: float = 10.0
+    max_vocabulary: int | None = None
+    unknown: str = "error"
+
+
+DEFAULTS: dict[str, Any] = asdict(Settings())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a run.
+
+    Raises:
+        UserError: If a setting in it is of another kind than it can be.
+    """
+    config = read_json(path, schema=CONFIG_SCHEMA)
+    check_kinds(config, Settings, str(path))
+    return config
 
 
 def preset_of(config: dict[str, Any]) -> Preset:

@@ -38,7 +38,6 @@ from multilstm.errors import UserError, WriteError
 from multilstm.files import (
     flush,
     flush_folder,
-    read_json,
     read_or_explain,
     remove_leftovers,
     replacing,
@@ -46,7 +45,7 @@ from multilstm.files import (
     write_text,
 )
 from multilstm.ops import Devices
-from multilstm.presets import CONFIG_SCHEMA
+from multilstm.presets import CONFIG_SCHEMA, read_config
 from multilstm.vocabulary import Vocabulary
 from multilstm.weights_file import describe_weights, write_weights
 
@@ -208,7 +207,8 @@ class RunFolder:
         """What the run was asked for.
 
         Raises:
-            UserError: If the folder holds no run.
+            UserError: If the folder holds no run, or a setting is of another
+                kind than it can be.
         """
         if not self.config.exists():
             raise UserError(
@@ -216,7 +216,7 @@ class RunFolder:
                 f"{self.config.name}; it is not. Give the folder that "
                 "`multilstm train` wrote."
             )
-        return read_json(self.config, schema=CONFIG_SCHEMA)
+        return read_config(self.config)
 
     def write_history(self, history: History) -> None:
         """Writes one CSV row an epoch."""

@@ -22,33 +22,10 @@ from multilstm.evaluation import STATE, TOKENS
 from multilstm.failures import explaining_failures
 from multilstm.model import LanguageModel
 from multilstm.ops import device_name, last_kernel
-from multilstm.presets import Preset
+from multilstm.presets import DEFAULTS, Preset
 from multilstm.run_folder import RunFolder
 from multilstm.vocabulary import Vocabulary
 from multilstm.weights_file import load_weights
-
-DEFAULTS: dict[str, Any] = {
-    "preset": "small",
-    "corpus": "python-docs",
-    "epochs": None,
-    "batch_size": None,
-    "sequence_length": None,
-    "learning_rate": None,
-    "halved_from": None,  # the rate that was asked for, before `retries`
-    "gradient_accumulation_steps": None,
-    "precision": None,
-    "starts_from": None,
-    "train_tokens": None,
-    "softmax": "exact",
-    "cutoffs": None,
-    "num_sampled": None,
-    "seed": 0,
-    "patience": None,
-    "until_perplexity": None,
-    "checkpoint_minutes": 10.0,
-    "max_vocabulary": None,
-    "unknown": "error",
-}
 
 
 def load_run(
@@ -207,7 +184,7 @@ def explaining_config(folder: RunFolder) -> Iterator[None]:
     except UserError:
         raise
     except (
-        *(AttributeError, KeyError, IndexError, OverflowError),
+        *(AttributeError, KeyError, IndexError, ArithmeticError),
         *(TypeError, ValueError),
     ) as error:
         reason = " ".join(str(error).split())[:300]

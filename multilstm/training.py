@@ -56,13 +56,12 @@ from multilstm.plan import (
     make_plan,
     read_plan,
 )
-from multilstm.presets import Preset, find_preset
+from multilstm.presets import DEFAULTS, Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
 from multilstm.results import read_result, take_figures, tell_again
 from multilstm.run_folder import RunFolder
 from multilstm.runs import (
-    DEFAULTS,
     check_corpus_is_there,
     corpus_name,
     load_corpus_of,
