@@ -1371,6 +1371,17 @@ def test_run_that_was_begun_with_too_many_words_goes_on(train):
     assert train(epochs=2, resume=True)["epochs"] == 2
 
 
+def test_run_does_not_go_on_after_the_end_of_an_epoch(train, interrupt_at):
+    """As where its settings were changed by hand."""
+    interrupt_at(10)
+    folder = RunFolder(train()["run"])
+    config = json.loads(folder.config.read_text())
+    folder.config.write_text(json.dumps(config | {"train_tokens": 100}))
+    message = "after batch 10 of epoch 1, which must have more.* it has 6"
+    with pytest.raises(UserError, match=message):
+        train(resume=True)
+
+
 def test_a_gpu_trains_with_tf32_unless_told(train, monkeypatch):
     monkeypatch.setattr(training_module, "has_gpu", lambda: True)
     assert train(epochs=1)["precision"] == "tf32"

@@ -137,8 +137,19 @@ class Keeper(keras.callbacks.Callback):
         return best["valid_perplexity"]
 
     def begin_epoch(self, batches: Any) -> None:
-        """Tells what the next epoch is of; all of it, also if it goes on."""
+        """Tells what the next epoch is of; all of it, also if it goes on.
+
+        Raises:
+            UserError: If it goes on after its end.
+        """
         self.steps_per_epoch = len(batches)
+        if self.num_batches and self.num_batches >= self.steps_per_epoch:
+            raise UserError(
+                f"{self.folder.checkpoint} is after {self.kept}, which must "
+                f"have more batches; it has {self.steps_per_epoch}. Put back "
+                f"what {self.folder.config.name} had of the text and its "
+                "batches, `train_tokens` among others."
+            )
         self.tokens_per_step = tokens_per_step(batches, self.plan)
         self.tokens_per_epoch = round(len(batches) * self.tokens_per_step)
 
