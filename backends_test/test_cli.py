@@ -1,5 +1,6 @@
 """The commands: what they print, how they end, what --json gives."""
 
+import errno
 import json
 import os
 import runpy
@@ -323,6 +324,26 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_it_takes_time(
     status, _, err = command("evaluate", run_folder, "--adapt", "cache")
     assert status == 1
     assert "must be a folder that can be written to" in err
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(
+    command, run_folder, monkeypatch
+):
+    from multilstm import files
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "flush", full)
+    status, lines, err = command("evaluate", run_folder, "--adapt", "cache")
+    assert status == 1
+    told = [line for line in err.splitlines() if "error: " in line]
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    text = "\n".join(lines)
+    assert "test before" in text
+    assert "cache: window " in text
+    assert "adapted.json" not in text
 
 
 def test_what_another_command_measured_in_the_meantime_is_kept(

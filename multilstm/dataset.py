@@ -463,7 +463,8 @@ def part_of_rows(batch_size: int, num_parts: int) -> int:
     if batch_size % num_parts:
         raise UserError(
             f"The rows of a batch must be equally many on {num_parts} devices; "
-            f"there are {batch_size}. Give a --batch-size that {num_parts} "
+            f"there are {batch_size}. Give --devices a number that divides "
+            f"{batch_size}, or a new run a --batch-size that {num_parts} "
             "divides."
         )
     return batch_size // num_parts

@@ -116,11 +116,14 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     # What cannot be read, or is of another run, is told at once.
     _earlier_methods(path, record, tell=True)
 
+    done: dict[str, Any] = {}
+
     def keep(result: dict[str, Any]) -> None:
         """Writes what there is so far: some methods take long.
 
         Another command may have written in the meantime.
         """
+        done.update(result)
         if not folder.config.exists():
             raise WriteError(
                 f"{folder.path} must stay while its run is adapted; it was "
@@ -136,21 +139,22 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         )
         write_json(path, finite_or_none(record))
 
-    result = adaptation.adapt(
-        model,
-        corpus,
-        methods=options.adapt,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        tune_tokens=options.tune_tokens,
-        num_samples=options.num_samples,
-        seed=options.seed,
-        tell=telling(),
-        keep=keep,
-    )
-    console.print(adaptation_table(result))
-    for name, figures in result["methods"].items():
-        console.print(f"{name}: {show_settings(figures['settings'])}")
+    try:
+        adaptation.adapt(
+            model,
+            corpus,
+            methods=options.adapt,
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length,
+            tune_tokens=options.tune_tokens,
+            num_samples=options.num_samples,
+            seed=options.seed,
+            tell=telling(),
+            keep=keep,
+        )
+    finally:
+        if done:  # shown also where it could not be written
+            _print_adapted(done, console)
     console.print(str(path))
     return record
 
@@ -177,6 +181,12 @@ def _earlier_methods(
     return {
         name: there | figures for name, figures in before["methods"].items()
     }
+
+
+def _print_adapted(result: dict[str, Any], console: Console) -> None:
+    console.print(adaptation_table(result))
+    for name, figures in result["methods"].items():
+        console.print(f"{name}: {show_settings(figures['settings'])}")
 
 
 def adaptation_table(result: dict[str, Any]) -> Table:
