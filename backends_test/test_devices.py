@@ -355,6 +355,20 @@ def test_what_one_process_alone_finds_is_told(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no room\n"
 
 
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="only there one process starts others"
+)
+def test_processes_that_were_told_to_end_are_not_called_lost():
+    launcher = start(["-m", "multilstm", "train", "--devices", "2"], {})
+    while len(psutil.Process(launcher.pid).children()) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.terminate()  # before they know what to do then
+    told = [x for x in errors_of(launcher).splitlines() if "error: " in x]
+    assert told == ["error: interrupted"]
+    assert launcher.returncode == 1
+
+
 def test_process_that_dies_ends_the_run_with_a_line(corpus_folder, tmp_path):
     """And the run goes on, on one device."""
     out = tmp_path / "run"

@@ -30,6 +30,7 @@ from multilstm import (
 from multilstm import keeper as keeper_module
 from multilstm import model as model_module
 from multilstm import plan as plan_module
+from multilstm import results as results_module
 from multilstm import train as train_run
 from multilstm import training as training_module
 from multilstm.errors import UserError, WriteError
@@ -444,6 +445,44 @@ def test_folder_that_was_moved_is_not_made_anew(train, tmp_path, stop_after):
     assert not run.exists()
     parts = train("elsewhere", resume=True)
     np.testing.assert_allclose(figures(parts), figures(expected), **SAME)
+
+
+def test_folder_without_its_config_is_told_as_it_is(train, tmp_path):
+    run = tmp_path / "run"
+    save = RunFolder.save_checkpoint
+
+    def save_and_lose(self, model, reached):
+        save(self, model, reached)
+        self.config.unlink()
+
+    RunFolder.save_checkpoint = save_and_lose
+    try:
+        with pytest.raises(
+            WriteError, match=r"config.json must stay .*is gone"
+        ):
+            train()
+    finally:
+        RunFolder.save_checkpoint = save
+    assert run.exists()
+
+
+def test_result_that_was_lost_tells_kernel_and_speed_again(train, monkeypatch):
+    """As of a run that was killed after its last checkpoint."""
+    before = train()
+    RunFolder(before["run"]).result.unlink()
+    for module in (keeper_module, results_module):  # as in another process
+        monkeypatch.setattr(module, "last_kernel", lambda: None)
+    again = train(resume=True)
+    assert before["kernel"] is not None
+    assert again["kernel"] == before["kernel"]
+    assert again["step_time_ms"] is None
+    rows = before["history"]
+    tokens = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
+    seconds = sum(row["seconds"] for row in rows)
+    # It is rounded to a tenth.
+    assert again["tokens_per_second"] == pytest.approx(
+        tokens / seconds, abs=0.1
+    )
 
 
 def test_curves_of_short_epochs_are_drawn_first_and_last(train, monkeypatch):

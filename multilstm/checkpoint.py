@@ -35,12 +35,14 @@ class Progress:
         history: One row for each epoch that is done.
         num_batches: Batches done of the epoch after those.
         seconds: What these batches took.
+        kernel: Of the LSTM that trains.
         backend: Of the checkpoint that this was read from.
     """
 
     history: History = field(default_factory=list)
     num_batches: int = 0
     seconds: float = 0.0
+    kernel: str | None = field(default=None, compare=False)
     backend: str | None = field(default=None, compare=False)
 
 
@@ -222,6 +224,9 @@ def _check_about(about: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(about.get(name), kind):
             raise ValueError(f"its {name!r} is no {kind.__name__}")
+    # Those of before 2026-11-27 do not tell it.
+    if not isinstance(about.setdefault("kernel", None), str | None):
+        raise ValueError("its 'kernel' is no str")
     if about["num_batches"] < 0:
         raise ValueError("its 'num_batches' is below 0")
     for row in about["history"]:

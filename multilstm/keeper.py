@@ -102,7 +102,8 @@ class Keeper(keras.callbacks.Callback):
         self.signalled = False  # this process, which may be one of several
         self.asked_to_stop = False  # any of them, as all know
         self._copy: LanguageModel | None = None  # what is saved, made once
-        self.kernel: str | None = None  # of the LSTM that trains
+        self.kernel = begun.kernel  # of the LSTM that trains
+        self._told_kernel = False  # whether it is of this process
         self.best_perplexity = self.devices.from_first(self._read_best())
 
     def _read_best(self) -> float:
@@ -237,7 +238,8 @@ class Keeper(keras.callbacks.Callback):
             self._save_checkpoint()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self.kernel = self.kernel or last_kernel()  # not that of validation
+        if not self._told_kernel:  # not that of validation
+            self.kernel, self._told_kernel = last_kernel(), True
         if self.num_batches < self.steps_per_epoch:  # asked to stop
             self._save_checkpoint()
             if math.isinf(self.best_perplexity) and not self.history:
@@ -324,7 +326,9 @@ class Keeper(keras.callbacks.Callback):
             if not np.isfinite(keras.ops.convert_to_numpy(variable)).all():
                 place = f"batch {self.num_batches}"
                 self._stop_diverged(place, math.nan)
-        reached = Progress(self.history, self.num_batches, self.seconds)
+        reached = Progress(
+            self.history, self.num_batches, self.seconds, self.kernel
+        )
         self.folder.save_checkpoint(self.model, reached)
         self.kept = _describe(reached)
 

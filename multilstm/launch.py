@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from multilstm.errors import UserError
@@ -133,8 +133,10 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         port = free.getsockname()[1]
     told = tempfile.TemporaryDirectory(prefix="multilstm-")
     processes: list[subprocess.Popen[bytes]] = []
+    passed_on: set[int] = set()
 
     def pass_on(number: int, frame: object) -> None:
+        passed_on.add(number)
         for process in processes:
             process.send_signal(number)
 
@@ -160,7 +162,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 start_new_session=True,
             )
             processes.append(process)
-        return _wait(processes)
+            for number in [*passed_on]:  # while this one was started
+                process.send_signal(number)
+        status = _wait(processes, passed_on)
+        if status and passed_on and not any(Path(told.name).iterdir()):
+            print("error: interrupted", file=sys.stderr)
+        return status
     finally:
         for process in processes:
             process.kill()
@@ -170,12 +177,14 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended, or one was killed by a signal."""
+def _wait(
+    processes: list[subprocess.Popen[bytes]], passed_on: Collection[int]
+) -> int:
+    """Until all have ended, or one was killed by a signal not passed on."""
     while True:
         ended = [process.poll() for process in processes]
         for rank, status in enumerate(ended):
-            if status is not None and status < 0:
+            if status is not None and status < 0 and -status not in passed_on:
                 name = signal.Signals(-status).name
                 raise UserError(
                     f"All processes of a run must live; number {rank} of "
@@ -191,7 +200,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
                     process.wait(max(0.0, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     process.kill()
-            return next(s for s in ended if s not in (None, 0))
+            status = next(s for s in ended if s not in (None, 0))
+            return max(status, 1)  # by a signal it is below 0
         if all(status == 0 for status in ended):
             return 0
         time.sleep(0.05)

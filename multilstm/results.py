@@ -77,13 +77,30 @@ def _epoch_of(best: dict[str, float], history: History) -> float | None:
     return epoch if told.get(epoch) == best["valid_perplexity"] else None
 
 
+def _mean_speed(history: History) -> float | None:
+    """Tokens a second over all epochs; None where there is none."""
+    seconds = sum(row["seconds"] for row in history)
+    if not seconds:
+        return None
+    tokens = sum(row["seconds"] * row["tokens_per_second"] for row in history)
+    return round(tokens / seconds, 1)
+
+
 def take_figures(
     model: LanguageModel,
     settings: dict[str, Any],
     keeper: Keeper,
     speed: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes the result record of a run, and gives it."""
+    """Writes the result record of a run, and gives it.
+
+    Args:
+        model: That was trained.
+        settings: What the run was asked for.
+        keeper: Of the run.
+        speed: Of the steps of this process. Where it made none, since the one
+            before was killed after them, the tokens a second are the history's.
+    """
     folder, data, history = keeper.folder, keeper.data, keeper.history
     # There are none where it was stopped in its first epoch, or before.
     has_best = math.isfinite(keeper.best_perplexity)
@@ -119,6 +136,7 @@ def take_figures(
         "test_unigram_perplexity": data.unigram_perplexity("test"),
         "protocol": describe_protocol(keeper.plan, settings),
         **speed,
+        "tokens_per_second": speed["tokens_per_second"] or _mean_speed(history),
         "peak_memory_mb": peak_memory_mb(),
         "history": history,
     }

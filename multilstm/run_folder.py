@@ -155,7 +155,12 @@ class RunFolder:
             found = (status.st_dev, status.st_ino)
         except OSError:
             found = None
-        if found != self._identity or not self.config.exists():
+        if found == self._identity and not self.config.exists():
+            raise WriteError(
+                f"{self.config} must stay while its run goes on; it is gone. "
+                "Nothing more is written. Put it back, and go on with --resume."
+            )
+        if found != self._identity:
             raise WriteError(
                 f"{self.path} must stay while its run goes on; it was removed, "
                 "moved or replaced. Nothing more is written to it. If it was "
@@ -363,6 +368,7 @@ class RunFolder:
             about["history"],
             about["num_batches"],
             about["seconds"],
+            about["kernel"],
             about["backend"],
         )
 
