@@ -149,6 +149,15 @@ def test_copy_is_of_the_same_class(ids):
     assert copy.dtype_policy.name == "bfloat16"
 
 
+def test_copy_of_a_class_that_tells_no_arguments_is_refused():
+    class Mine(LanguageModel):
+        def __init__(self, size):
+            super().__init__(V, units=size)
+
+    with pytest.raises(UserError, match=r"Let get_config\(\) give its own"):
+        Mine(6).copy()
+
+
 @pytest.mark.parametrize(
     "carry_state", [False, True], ids="carry_state={}".format
 )
@@ -659,6 +668,20 @@ def test_bar_counts_the_batches_that_there_are(rng, monkeypatch):
     assert set(counts) == ({*range(1, 8)} if BACKEND == "torch" else {3, 6, 7})
 
 
+class PressesCtrlC:
+    """A number for which one waits until Ctrl-C is pressed."""
+
+    def __float__(self):
+        signal.raise_signal(signal.SIGINT)
+        return 0.0
+
+
+def wait_as_keras(*_, **__):
+    """It drops what is raised meanwhile."""
+    logs = {"loss": PressesCtrlC()}
+    keras.callbacks.CallbackList([]).on_epoch_begin(0, logs)
+
+
 @pytest.mark.parametrize("place", ["train_batch", "test_batch", "epoch"])
 def test_ctrl_c_that_keras_drops_ends_fit(rng, monkeypatch, place):
     """And the model is that of the steps before."""
@@ -670,29 +693,55 @@ def test_ctrl_c_that_keras_drops_ends_fit(rng, monkeypatch, place):
     before = signal.getsignal(signal.SIGINT)
     ended = []
 
-    def drop(*_, **__):
-        with contextlib.suppress(KeyboardInterrupt):  # as `pythonify_logs`
-            signal.raise_signal(signal.SIGINT)
-
-    class Drops(keras.callbacks.Callback):
+    class Waits(keras.callbacks.Callback):
         takes_several_batches = True
 
         def on_train_end(self, logs=None):
             ended.append(logs)
 
-    setattr(Drops, f"on_{place}_end", drop)
+    setattr(Waits, f"on_{place}_end", wait_as_keras)
     with pytest.raises(KeyboardInterrupt):
         model.fit(
             windows,
             validation_data=windows,
             verbose=0,
             epochs=2,
-            callbacks=[Drops()],
+            callbacks=[Waits()],
         )
     assert not ended
     assert signal.getsignal(signal.SIGINT) is before
     assert np.isfinite(model.evaluate(windows, verbose=0)).all()
     assert model.optimizer.iterations > 0
+
+
+def test_ctrl_c_ends_the_fit_within_a_fit(rng):
+    windows = datasets(rng)["windows"]
+    models = [small_model() for _ in range(2)]
+    for model in models:
+        model.compile()
+    waits = keras.callbacks.LambdaCallback(on_epoch_end=wait_as_keras)
+
+    def fit_another(*_):
+        models[1].fit(windows, verbose=0, epochs=5, callbacks=[waits])
+
+    fits = keras.callbacks.LambdaCallback(on_epoch_end=fit_another)
+    with pytest.raises(KeyboardInterrupt):
+        models[0].fit(windows, verbose=0, epochs=2, callbacks=[fits])
+    assert models[1].optimizer.iterations == len(windows)  # an epoch
+
+
+def test_ctrl_c_that_a_callback_drops_stays_dropped(rng):
+    model = small_model()
+    model.compile()
+
+    def drop(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=drop)
+    windows = datasets(rng)["windows"]
+    model.fit(windows, verbose=0, epochs=2, callbacks=[callback])
+    assert model.optimizer.iterations == 2 * len(windows)
 
 
 def test_ctrl_c_is_left_to_who_has_it(rng):
@@ -1347,10 +1396,14 @@ def test_targets_that_are_not_of_the_inputs_are_told(ids):
         (ids[:, 1:], r"of shape \(.*, 5\); received \(.*, 4\)"),
         (None, "needs targets, the next word of each; received none"),
     ):
-        model = small_model()
-        model.compile()
-        with pytest.raises(UserError, match=told):
-            model.fit(ids, targets, verbose=0)
+        for build in (lambda _: None, lambda model: model(ids)):
+            model = small_model()
+            build(model)
+            model.compile()
+            with pytest.raises(UserError, match=told):
+                model.fit(ids, targets, verbose=0)
+            model.fit(ids, ids, verbose=0)  # it is as good as new
+            assert np.isfinite(model.evaluate(ids, ids, verbose=0)).all()
 
 
 @pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])

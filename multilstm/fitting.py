@@ -25,6 +25,7 @@ from multilstm.dataset import RowStarts
 from multilstm.errors import UserError
 from multilstm.layers import ResetCarriedState
 from multilstm.ops import (
+    creating_variables,
     feed,
     keeping_variables,
     make_test_function,
@@ -139,6 +140,7 @@ class TextModel(keras.Model):
         if self.carry_state:
             named.setdefault("shuffle", False)
             self._prepare_carry(named)
+        self._build_early()
         x = named.pop("x", None)
         shuffle = named.get("shuffle", True)
         _tell_direction(named.get("callbacks"))
@@ -204,8 +206,6 @@ class TextModel(keras.Model):
         slices = is_sliced and not is_large
         if slices and self.uses_own_loss and not self.needs_logits:
             self._rows = (data.batch_size, data.sequence_length)
-            if not self.built:
-                self.build(self._rows)
             if self._text_of is not data.token_ids:
                 self._text_of = data.token_ids
                 with on_host():
@@ -266,6 +266,18 @@ class TextModel(keras.Model):
         self._functions = {}
         self.train_function = self.test_function = None
 
+    def _build_early(self) -> None:
+        """Makes all variables, where the batch size has no say.
+
+        Keras makes them while it compiles a step, in which a mistake in the
+        targets ends, and with it what was made.
+        """
+        with creating_variables(self):
+            if not self.built and not self.carry_state:
+                self.build((None, None))
+            if self.built:
+                self.optimizer.build(self.trainable_variables)
+
     def _prepare_carry(self, named: dict[str, Any]) -> None:
         """Builds for the batch size of the data; resets where text begins.
 
@@ -274,7 +286,8 @@ class TextModel(keras.Model):
         """
         data = named.get("x")
         if not self.built and isinstance(data, keras.utils.PyDataset):
-            self.build(data[0][0].shape)
+            with creating_variables(self):
+                self.build(data[0][0].shape)
         # In the validation of `fit` it is in the list that is handed on.
         named["callbacks"] = _with(ResetCarriedState(), named.get("callbacks"))
 
@@ -387,28 +400,33 @@ class _Interrupts(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.noted = False
+        self._keeper = self  # whose handler it is, of a `fit` around this one
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Notes each Ctrl-C of the block, unless someone else does."""
+        before = signal.getsignal(signal.SIGINT)
+        of_another = getattr(before, "__self__", None)
+        if isinstance(of_another, _Interrupts):
+            self._keeper = of_another
         is_main = threading.current_thread() is threading.main_thread()
-        python_s = signal.default_int_handler
-        if not is_main or signal.getsignal(signal.SIGINT) is not python_s:
+        if not is_main or before is not signal.default_int_handler:
             yield
             return
-
-        def note(number: int, frame: Any) -> None:
-            self.noted = True
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGINT, self._note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, python_s)
+            signal.signal(signal.SIGINT, before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        while frame is not None:  # what a callback drops it means to drop
+            self.noted |= frame.f_code.co_name == "pythonify_logs"
+            frame = frame.f_back
+        raise KeyboardInterrupt
 
     def _raise_noted(self, *_: Any, **__: Any) -> None:
-        if self.noted:
+        if self._keeper.noted:
             raise KeyboardInterrupt
 
     on_epoch_begin = on_epoch_end = _raise_noted

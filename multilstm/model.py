@@ -399,9 +399,16 @@ class LanguageModel(TextModel):
                 as many as this model, where it does.
             changes: Other settings, as the constructor takes them.
         """
-        copy = type(self)(
-            **self.settings | changes, dtype=dtype or self.dtype_policy
-        )
+        config = self.get_config() | {"dtype": dtype or self.dtype_policy}
+        del config["name"]
+        try:
+            copy: LanguageModel = type(self).from_config(config | changes)
+        except TypeError as error:
+            raise UserError(
+                f"A copy is made by {type(self).__name__}.from_config, of what "
+                "get_config() and `changes` say; its constructor refuses them. "
+                "Let get_config() give its own arguments."
+            ) from error
         carried = self.lstms[0].carried
         if batch_size is None and copy.carry_state and carried is not None:
             batch_size = carried.h.shape[0] if self.built else None

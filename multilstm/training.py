@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 
 from multilstm.checkpoint import Progress
 from multilstm.corpus import Corpus
-from multilstm.dataset import (
-    part_of_rows,
-)
+from multilstm.dataset import part_of_rows
 from multilstm.devices import CUDA_FORMS, device_and_driver
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluator

@@ -10,6 +10,7 @@ from multilstm.ops.evidence import explain_once, last_kernel
 from multilstm.ops.parallel import (
     Devices,
     add_gradients,
+    creating_variables,
     logs_to_reduce,
     rows_here,
     scale_loss,
@@ -79,6 +80,7 @@ elif keras.config.backend() == "torch":
 elif keras.config.backend() == "tensorflow":
     from multilstm.ops.parallel_tensorflow import (
         add_gradients,
+        creating_variables,
         logs_to_reduce,
         rows_here,
         scale_loss,
@@ -113,6 +115,7 @@ __all__ = [
     "Devices",
     "add_gradients",
     "check_rows",
+    "creating_variables",
     "cross_entropy_of_some",
     "device_name",
     "dropout",

@@ -5,7 +5,7 @@ device 1: gradients --+--> their sum -> clipped -> a step
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -134,6 +134,11 @@ def logs_to_reduce(logs: Any) -> Any:
 def starts_singly(model: Any) -> bool:
     """Whether the devices of a model can start only one step at once."""
     return False
+
+
+def creating_variables(model: Any) -> AbstractContextManager[Any]:
+    """Within which a model's variables are made for all its devices."""
+    return nullcontext()
 
 
 def rows_here(num_rows: int) -> int:

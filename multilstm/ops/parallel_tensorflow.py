@@ -4,7 +4,7 @@ Many are started with TF_CONFIG, as TensorFlow has it, one for each device.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -187,6 +187,12 @@ def starts_singly(model: Any) -> bool:
     steps: "You must feed a value for placeholder tensor".
     """
     return int(model.distribute_strategy.num_replicas_in_sync) > 1
+
+
+def creating_variables(model: Any) -> AbstractContextManager[Any]:
+    """As `parallel.creating_variables`."""
+    scope: AbstractContextManager[Any] = model.distribute_strategy.scope()
+    return scope
 
 
 def rows_here(num_rows: int) -> int:
