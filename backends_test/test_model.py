@@ -668,6 +668,14 @@ def test_bar_counts_the_batches_that_there_are(rng, monkeypatch):
     assert set(counts) == ({*range(1, 8)} if BACKEND == "torch" else {3, 6, 7})
 
 
+@pytest.fixture
+def python_has_ctrl_c():
+    """As in a program; pytest-xdist's processes do not listen to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressesCtrlC:
     """A number for which one waits until Ctrl-C is pressed."""
 
@@ -682,6 +690,7 @@ def wait_as_keras(*_, **__):
     keras.callbacks.CallbackList([]).on_epoch_begin(0, logs)
 
 
+@pytest.mark.usefixtures("python_has_ctrl_c")
 @pytest.mark.parametrize("place", ["train_batch", "test_batch", "epoch"])
 def test_ctrl_c_that_keras_drops_ends_fit(rng, monkeypatch, place):
     """And the model is that of the steps before."""
@@ -714,6 +723,7 @@ def test_ctrl_c_that_keras_drops_ends_fit(rng, monkeypatch, place):
     assert model.optimizer.iterations > 0
 
 
+@pytest.mark.usefixtures("python_has_ctrl_c")
 def test_ctrl_c_ends_the_fit_within_a_fit(rng):
     windows = datasets(rng)["windows"]
     models = [small_model() for _ in range(2)]
@@ -730,6 +740,7 @@ def test_ctrl_c_ends_the_fit_within_a_fit(rng):
     assert models[1].optimizer.iterations == len(windows)  # an epoch
 
 
+@pytest.mark.usefixtures("python_has_ctrl_c")
 def test_ctrl_c_that_a_callback_drops_stays_dropped(rng):
     model = small_model()
     model.compile()
