@@ -449,6 +449,16 @@ def test_pickled_array_is_refused(folder):
         folder.load_checkpoint(make_model())
 
 
+def test_checkpoint_of_before_it_told_a_kernel_is_read(folder):
+    folder.save_checkpoint(make_model(), Progress(kernel="torch: onednn"))
+    assert folder.load_checkpoint(make_model()).kernel == "torch: onednn"
+    rewritten(folder, lambda about, _: about.pop("kernel"))
+    assert folder.load_checkpoint(make_model()).kernel is None
+    rewritten(folder, lambda about, _: about.update(kernel=3))
+    with pytest.raises(UserError, match="its 'kernel' is no str"):
+        folder.load_checkpoint(make_model())
+
+
 def test_checkpoint_tells_its_backend(folder):
     folder.save_checkpoint(make_model(), Progress())
     rewritten(folder, lambda about, _: about.update(backend="other"))

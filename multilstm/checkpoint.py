@@ -225,7 +225,7 @@ def _check_about(about: Any) -> dict[str, Any]:
         if not isinstance(about.get(name), kind):
             raise ValueError(f"its {name!r} is no {kind.__name__}")
     # Those of before 2026-11-27 do not tell it.
-    if not isinstance(about.setdefault("kernel", None), str | None):
+    if not isinstance(about.get("kernel"), str | None):
         raise ValueError("its 'kernel' is no str")
     if about["num_batches"] < 0:
         raise ValueError("its 'num_batches' is below 0")

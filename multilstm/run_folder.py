@@ -368,7 +368,7 @@ class RunFolder:
             about["history"],
             about["num_batches"],
             about["seconds"],
-            about["kernel"],
+            about.get("kernel"),
             about["backend"],
         )
 
