@@ -18,10 +18,10 @@ from multilstm import bench as bench_module
 from multilstm.__main__ import main
 from multilstm.bench import BENCH_SCHEMA, bench, make_shapes
 from multilstm.benchmark import Worker, WorkerError, load_model
+from multilstm.config import CONFIG_SCHEMA
 from multilstm.errors import UserError, WriteError
 from multilstm.files import write_json
 from multilstm.native_loops import draw_weights
-from multilstm.presets import CONFIG_SCHEMA
 from multilstm.ranking import PEERS, by_shape, first_loss
 from multilstm.selection import installed_versions
 from multilstm.workers import WorkerProcess

@@ -215,6 +215,25 @@ def test_run_of_another_version_is_explained(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("adapt", [(), ("--adapt", "cache")], ids=str)
+def test_settings_that_cannot_be_read_are_told_before_measuring(
+    adapt, command, run_folder, monkeypatch
+):
+    from multilstm import adaptation, model_commands
+
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["preset_settings"]["units"]
+    path.write_text(json.dumps(config))
+    measured = []
+    monkeypatch.setattr(model_commands, "evaluate", measured.append)
+    monkeypatch.setattr(adaptation, "adapt", measured.append)
+    status, _, err = command("evaluate", run_folder, *adapt)
+    assert status == 1
+    assert "must hold the settings of a preset of this version" in err
+    assert not measured
+
+
 def test_evaluate_gives_6_digits_for_any_cut(command, run_folder):
     figures = []
     for rows, length in ((20, 64), (1, 7), (3, 200)):

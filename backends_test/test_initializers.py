@@ -29,6 +29,12 @@ def test_one_seed_gives_these_numbers_on_every_backend():
     np.testing.assert_allclose(orthogonal, ORTHOGONAL, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [-0.1, 1e308, float("nan")])
+def test_scales_that_no_weight_can_have_are_refused(scale):
+    with pytest.raises(UserError, match=r"from 0 to 1e\+30; received"):
+        NumPyInitializer("uniform", scale=scale)
+
+
 def test_other_seeds_give_other_numbers():
     first = draw((3,), "uniform", seed=[1, 2])
     assert not np.any(first == draw((3,), "uniform", seed=[1, 3]))

@@ -33,10 +33,10 @@ from multilstm import plan as plan_module
 from multilstm import results as results_module
 from multilstm import train as train_run
 from multilstm import training as training_module
+from multilstm.config import preset_of
 from multilstm.errors import UserError, WriteError
 from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.ops import parallel
-from multilstm.presets import preset_of
 from multilstm.run_folder import RunFolder
 from multilstm.runs import load_run_corpus, weights_sha256
 

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from multilstm.config import preset_of, read_config
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
 from multilstm.files import finite_or_none
@@ -32,7 +33,7 @@ from multilstm.options import (
     Report,
     Train,
 )
-from multilstm.presets import find_preset, preset_of, read_config
+from multilstm.presets import find_preset
 from multilstm.selection import select_backend
 
 COMMANDS = (

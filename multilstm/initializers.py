@@ -18,6 +18,8 @@ Initialization = Literal["uniform", "torch", "torch_normal"]
 
 KINDS = ("uniform", "normal", "glorot_uniform", "orthogonal")
 
+_MOST_SCALE = 1e30  # far from what float32 cannot hold
+
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class NumPyInitializer(keras.initializers.Initializer):
@@ -50,6 +52,11 @@ class NumPyInitializer(keras.initializers.Initializer):
         if kind not in KINDS:
             raise UserError(
                 f"`kind` must be one of {', '.join(KINDS)}; received {kind!r}."
+            )
+        if not 0 <= scale <= _MOST_SCALE:
+            raise UserError(
+                "The scale of initial weights must be from 0 to "
+                f"{_MOST_SCALE:g}; received {scale}."
             )
         self.kind = kind
         self.scale = scale

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from multilstm import adaptation
 from multilstm.commands import plain, refuse, telling
+from multilstm.config import preset_of
 from multilstm.corpus import tokenize
 from multilstm.errors import UserError, WriteError
 from multilstm.evaluation import evaluate
@@ -23,7 +24,6 @@ from multilstm.files import (
 from multilstm.generation import generate, predict_next_words
 from multilstm.ops import last_kernel
 from multilstm.options import Evaluate, Generate, Predict, Train
-from multilstm.presets import preset_of
 from multilstm.results import RESULT_SCHEMA
 from multilstm.run_folder import RunFolder
 from multilstm.runs import (
@@ -68,6 +68,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         return run_adapt(options, console)
     refuse(options, ("tune_tokens", "num_samples", "seed"), "without --adapt")
     model, _, config = load_run(options.run)
+    protocol = describe_protocol(preset_of(config), config)
     corpus = load_run_corpus(config, options.data, options.corpus)
     measured = evaluate(
         model,
@@ -91,7 +92,7 @@ def run_evaluate(options: Evaluate, console: Console) -> dict[str, Any]:
         f"{options.split}_perplexity": measured.perplexity,
         "cross_entropy": measured.cross_entropy,
         "num_tokens": measured.num_tokens,
-        "protocol": describe_protocol(preset_of(config), config),
+        "protocol": protocol,
     }
 
 
@@ -102,6 +103,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
     if not any(method.startswith("dynamic") for method in options.adapt):
         refuse(options, ("tune_tokens",), "without a dynamic evaluation")
     model, _, config = load_run(options.run)
+    protocol = describe_protocol(preset_of(config), config)
     corpus = load_run_corpus(config, options.data, options.corpus)
     folder = RunFolder(options.run)
     path = folder.adapted
@@ -134,9 +136,7 @@ def run_adapt(options: Evaluate, console: Console) -> dict[str, Any]:
         record["methods"] = _earlier_methods(path, record) | {
             name: here | figures for name, figures in result["methods"].items()
         }
-        record["plain"]["protocol"] = describe_protocol(
-            preset_of(config), config
-        )
+        record["plain"]["protocol"] = protocol
         write_json(path, finite_or_none(record))
 
     try:

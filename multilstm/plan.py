@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from multilstm.config import DEFAULTS, preset_of
 from multilstm.corpus import Corpus
 from multilstm.dataset import (
     ContinuousStreams,
@@ -21,7 +22,7 @@ from multilstm.dataset import (
 from multilstm.errors import UserError
 from multilstm.ops import Devices
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import DEFAULTS, Preset, preset_of
+from multilstm.presets import Preset
 from multilstm.run_folder import RunFolder
 from multilstm.runs import explaining_config
 

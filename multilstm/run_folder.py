@@ -34,6 +34,7 @@ from matplotlib.ticker import MaxNLocator
 
 from multilstm import checkpoint
 from multilstm.checkpoint import History, Progress
+from multilstm.config import CONFIG_SCHEMA, read_config
 from multilstm.errors import UserError, WriteError
 from multilstm.files import (
     flush,
@@ -45,7 +46,6 @@ from multilstm.files import (
     write_text,
 )
 from multilstm.ops import Devices
-from multilstm.presets import CONFIG_SCHEMA, read_config
 from multilstm.vocabulary import Vocabulary
 from multilstm.weights_file import describe_weights, write_weights
 

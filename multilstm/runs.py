@@ -16,13 +16,14 @@ import keras
 import numpy as np
 
 from multilstm import __version__
+from multilstm.config import DEFAULTS
 from multilstm.corpus import NAMES, Corpus, load_corpus
 from multilstm.errors import UserError
 from multilstm.evaluation import STATE, TOKENS
 from multilstm.failures import explaining_failures
 from multilstm.model import LanguageModel
 from multilstm.ops import device_name, last_kernel
-from multilstm.presets import DEFAULTS, Preset
+from multilstm.presets import Preset
 from multilstm.run_folder import RunFolder
 from multilstm.vocabulary import Vocabulary
 from multilstm.weights_file import load_weights

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multilstm.checkpoint import Progress
+from multilstm.config import DEFAULTS
 from multilstm.corpus import Corpus
 from multilstm.dataset import part_of_rows
 from multilstm.devices import CUDA_FORMS, device_and_driver
@@ -54,7 +55,7 @@ from multilstm.plan import (
     make_plan,
     read_plan,
 )
-from multilstm.presets import DEFAULTS, Preset, find_preset
+from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.projection import Softmax
 from multilstm.results import read_result, take_figures, tell_again
