@@ -451,6 +451,7 @@ def test_rotated_rows_begin_elsewhere_and_end_where_they_began():
     ("settings", "message"),
     [
         ({"std": -1.0}, "`std` must be 0 or more"),
+        ({"std": np.inf}, "`std` must be 0 or more"),
         ({"half_share": 1.5}, "`half_share` from 0 to 1"),
         ({"bucket": 0}, "`bucket` must be an int"),
         (
@@ -463,6 +464,12 @@ def test_bad_settings_of_varying_lengths_are_told(settings, message):
     sizes = {"sequence_length": 20, "batch_size": 2}
     with pytest.raises(UserError, match=message):
         VariableStreams(np.arange(101), **sizes | settings)
+
+
+def test_lengths_of_any_spread_are_those_of_some_cut():
+    lengths = VariableStreams(np.arange(101), 20, 2, std=1e300).lengths
+    assert lengths.sum() == 50
+    assert lengths.min() >= 5
 
 
 def test_there_is_no_batch_after_the_last():

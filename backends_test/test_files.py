@@ -147,6 +147,7 @@ def test_none_stands_for_numbers_that_are_not_finite():
         (b"", "cannot be read, it is broken or of another kind"),
         (b'{"schema": "kind-1"', "cannot be read, it is broken"),
         (b'{"schema": "kind-1\xff"}', "cannot be read, it is broken"),
+        (b'{"schema": "kind-1", "seed": NaN}', "kind: NaN is no JSON"),
         (b'["kind-1"]', "must have the schema 'kind-1'; it has None"),
         (b'"kind-1"', "must have the schema 'kind-1'; it has None"),
         (b"{}", "must have the schema 'kind-1'; it has None"),

@@ -28,6 +28,7 @@ to build a model in `fit` and hands out later what it had read: with workers,
 build the model and its loss before (`train_on_batch`), for the text's order.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -326,7 +327,7 @@ class VariableStreams(keras.utils.PyDataset):
         self.sequence_length = _positive("sequence_length", sequence_length)
         self.batch_size = _positive("batch_size", batch_size)
         bucket = min(_positive("bucket", bucket), sequence_length)
-        if not (std >= 0 and 0 <= half_share <= 1):
+        if not (0 <= std < math.inf and 0 <= half_share <= 1):
             raise UserError(
                 "`std` must be 0 or more and `half_share` from 0 to 1; "
                 f"received {std} and {half_share}."
@@ -381,7 +382,8 @@ def _draw_lengths(
     most = total // bucket + 1  # draws, should each be the shortest
     half = generator.random(most) < half_share
     drawn = generator.normal(np.where(half, usual / 2, usual), std)
-    lengths = bucket * np.maximum(1, np.rint(drawn / bucket).astype(np.int64))
+    buckets = np.rint(drawn / bucket).clip(1, total // bucket)
+    lengths = bucket * buckets.astype(np.int64)
     ends = np.cumsum(lengths)
     num_batches = int(np.searchsorted(ends, total)) + 1
     lengths = lengths[:num_batches]

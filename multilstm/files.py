@@ -159,7 +159,9 @@ def read_json(path: Path, *, schema: str) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, broken or of another schema.
     """
-    content = read_or_explain(path, lambda: json.loads(path.read_bytes()))
+    content = read_or_explain(
+        path, lambda: json.loads(path.read_bytes(), parse_constant=_refuse)
+    )
     found = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(content, dict) or found != schema:
         raise UserError(
@@ -167,6 +169,11 @@ def read_json(path: Path, *, schema: str) -> dict[str, Any]:
             "It is not a file of this kind, or of another version."
         )
     return content
+
+
+def _refuse(word: str) -> None:
+    """NaN or Infinity, which Python reads and JSON has not."""
+    raise ValueError(f"{word} is no JSON")
 
 
 def check_kinds(values: dict[str, Any], described_by: type, where: str) -> None:
