@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -30,7 +31,7 @@ import numpy as np
 with atheris.instrument_imports(include=["multilstm"]):
     from multilstm import LanguageModel, Vocabulary, corpus
     from multilstm.checkpoint import Progress
-    from multilstm.choices import CHOICE_SCHEMA, SIZES, find_choice
+    from multilstm.choices import CHOICE_SCHEMA, find_choice, shape_class
     from multilstm.errors import UserError
     from multilstm.report import read_results
     from multilstm.run_folder import RunFolder
@@ -57,6 +58,14 @@ RUN.save_checkpoint(MODEL, Progress(HISTORY))
 RUN.save_best_weights(MODEL, 1, 8.0)
 CHOICE = ROOT / "cache" / "choices" / "choice.json"
 CHOICE.parent.mkdir(parents=True)
+SHAPE: dict[str, Any] = {
+    "units": [2],
+    "embedding_dim": 2,
+    "batch_size": 2,
+    "sequence_length": 2,
+    "vocabulary_size": 2,
+    "tied": False,
+}
 CHOICE.write_text(
     json.dumps(
         {
@@ -64,10 +73,15 @@ CHOICE.write_text(
             "device": "gpu",
             "driver": None,
             "dtype": "float32",
-            "shape_class": dict.fromkeys(SIZES, 2) | {"tied": False},
+            "shape": SHAPE,
+            "shape_class": shape_class(SHAPE),
+            "shape_line": "a shape",
             "backend": "jax",
+            "ranking": ["jax"],
+            "equal_within_noise": [],
+            "tokens_per_second": {"jax": 1.0},
             "made": "2026-01-01",
-            "versions": {},
+            "versions": {"jax": {"jax": "1.0"}},
         }
     )
 )

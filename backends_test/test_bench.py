@@ -64,8 +64,8 @@ for line in sys.stdin:
             time.sleep(60)
         if fault == "ends":
             sys.exit("RuntimeError: the device is gone")
-        if fault == "babbles":
-            print("hello", flush=True)
+        if fault in ("babbles", "counts"):
+            print("hello" if fault == "babbles" else 3, flush=True)
             continue
         with open({log!r}, "a") as log:
             print(os.environ["KERAS_BACKEND"], file=log)
@@ -138,7 +138,8 @@ def test_windows_take_turns_and_the_fastest_is_first(pretend):
         ("killed", "ended by SIGKILL, perhaps for memory"),
         ("hangs", "no answer to 'time_window' within 5 s"),
         ("ends", "status 1: RuntimeError: the device is gone"),
-        ("babbles", "what it answered is no JSON: 'hello'"),
+        ("babbles", "what it answered is no JSON object: 'hello'"),
+        ("counts", "what it answered is no JSON object: '3'"),
     ],
 )
 def test_one_that_fails_is_a_row_with_its_reason(pretend, fault, reason):
@@ -275,6 +276,15 @@ def test_one_word_a_step_is_refused(tmp_path):
     shape = dataclasses.replace(TINY, batch_size=1, sequence_length=1)
     with pytest.raises(UserError, match="needs two words or more"):
         bench({"jax": tmp_path}, [TINY, shape])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "float16"), ("processes", 0), ("rounds", 1.5), ("steps", 0)],
+)
+def test_what_cannot_be_measured_is_refused(name, value, tmp_path):
+    with pytest.raises(UserError, match=f"`{name}` must be .*; received"):
+        bench({"jax": tmp_path}, [TINY], **{name: value})
 
 
 # What may become of a process
@@ -789,7 +799,7 @@ def test_choice_that_cannot_be_kept_is_told(pretend, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["bench", "--batch-size", "20;64"], "--batch-size needs whole"),
-        (["bench", "--rounds", "0"], "--rounds must be above 0"),
+        (["bench", "--rounds", "0"], "`rounds` must be a whole number, 1 or"),
         (["bench", "--units", "-1"], "`units` must be"),
         (["bench", "--vocabulary-size", "1"], "a whole number from 2 on"),
         (["bench", "--timeout", "inf"], "--timeout must be above 0 s and at"),

@@ -141,6 +141,27 @@ def test_choice_of_an_older_version_is_passed_over(result):
         assert choices.find_choice("Chip") is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"versions": []},
+        {"versions": {BACKEND: None}},
+        {"ranking": 5},
+        {"ranking": []},
+        {"tokens_per_second": {}},
+        {"tokens_per_second": dict.fromkeys(selection.BACKENDS, 0)},
+        {"shape": {}},
+        {"made": 7},
+    ],
+    ids=str,
+)
+def test_choice_that_cannot_be_read_is_passed_over(change, result):
+    path = Path(choose(result)["path"])
+    assert choices.find_choice("Chip") is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert choices.find_choice("Chip") is None
+
+
 def test_choice_holds_among_the_same_backends_and_versions(result):
     result["results"][0]["versions"] = {"keras": "3"}
     choose(result)

@@ -1,9 +1,11 @@
 """The doctor: what is installed, what it sees and what to do."""
 
 import json
+import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 from multilstm import devices
@@ -31,6 +33,30 @@ def test_doctor_tries_the_kernel_that_really_runs(tmp_path):
     assert f"  LSTM       {BACKEND}: " in told
     assert told.count("  not there  name its Python with --python ") == 2
     assert "gradients within " in told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS tells no other")
+def test_peak_memory_is_that_of_this_process_alone():
+    """Not of the one that started it, which the system counts in."""
+    code = "from multilstm.devices import peak_memory_mb as p; print(p())"
+    parent = (
+        "import subprocess, sys; large = b'x' * 300_000_000; "
+        f"subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", parent],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert 5 < float(told.stdout) < 200
+    large = np.ones(10**8, np.uint8)
+    most = devices.peak_memory_mb()
+    assert most > large.nbytes / 1e6
+    del large
+    # The system counts by processor, and adds up now and then.
+    assert devices.peak_memory_mb() == pytest.approx(most, abs=2)
+    assert devices.memory_mb() < most - 90
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,9 @@ def test_text_stops_after_the_word_to_stop_at(model):
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("max_new_tokens", 2.5),
         ("top_k", 0),
+        ("top_k", 2.5),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("seed", -1),
@@ -228,7 +230,7 @@ def test_predicted_words_are_the_likeliest_after_the_true_ones(
     monkeypatch.setattr(generation, "_WORDS_AT_ONCE", at_once)
     ids = rng.integers(8, size=20).astype(np.int32)
     actual, predicted = predict_next_words(
-        model, ids, start=start, num_words=stop - start
+        model, ids.tolist(), start=start, num_words=stop - start
     )
     logits = oracles.language_model(model.get_weights(), ids[np.newaxis])[0]
     np.testing.assert_array_equal(actual, ids[start:stop])

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import keras
 import pytest
@@ -107,6 +108,15 @@ def test_modules_are_loaded_when_asked_for(monkeypatch):
         module = importlib.import_module(f"multilstm.{name}")
         monkeypatch.delattr(multilstm, name)
         assert getattr(multilstm, name) is module
+
+
+def test_options_have_the_words_that_the_library_takes():
+    """Where the command line may not load the module that has them."""
+    from multilstm import adaptation, devices, options, ranking, vocabulary
+
+    assert get_args(options.Method) == adaptation.METHODS
+    assert options.UnknownWords == vocabulary.UnknownWords
+    assert get_args(devices.Dtype) == tuple(ranking.LOSS_TOLERANCE)
 
 
 def test_type_checkers_see_the_names_that_are_there():

@@ -176,7 +176,7 @@ def test_masked_steps_are_those_of_keras_lstm(mask, arguments, x, rng):
 
 
 def test_mask_of_an_embedding_goes_through_to_the_loss(rng):
-    ids = np.array([[1, 2, 0], [3, 0, 0]])
+    ids = np.array([[1, 2, 0], [3, 0, 0]], np.int32)
     y = rng.standard_normal((2, 3, 2)).astype(np.float32)
     models = [
         keras.Sequential(

@@ -1303,7 +1303,7 @@ def test_what_does_not_count_may_be_no_word(ids):
 
 def test_what_keras_masks_counts_nothing(rng):
     """Beside Keras's own metric, with padding in inputs and targets."""
-    ids = np.array([[3, 5, 2, 0, 0], [4, 1, 0, 0, 0]])
+    ids = np.array([[3, 5, 2, 0, 0], [4, 1, 0, 0, 0]], np.int32)
     own = keras.metrics.SparseCategoricalCrossentropy(from_logits=True)
     model = keras.Sequential(
         [

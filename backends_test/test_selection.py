@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
 import pytest
+from test_bench import script
 
 from multilstm import selection
 from multilstm.choices import save_choice, shape_class
@@ -328,22 +332,45 @@ def test_comparison_of_nothing_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_waits_for_the_run_to_save_what_it_has(monkeypatch, tmp_path):
-    waits = []
+SAVES_AND_STOPS = """
+import signal, sys, time
+from pathlib import Path
 
-    class Interrupted:
-        def __init__(self, command):
-            pass
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
 
-        def wait(self):
-            waits.append(len(waits))
-            if len(waits) == 1:
-                raise KeyboardInterrupt
+def stop(number, frame):
+    time.sleep(0.3)
+    (out / "saved").write_text(str(number))
+    sys.exit(1)
 
-    monkeypatch.setattr(selection.subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compare({"jax": tmp_path, "torch": tmp_path}, [], out=tmp_path)
-    assert waits == [0, 1]
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+(out / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_comparison_lets_its_run_save_what_it_has(number, tmp_path):
+    """Where the signal comes to the one process alone, too."""
+    python = script(tmp_path, "python", SAVES_AND_STOPS)
+    run = tmp_path / "out" / "jax"
+    command = [sys.executable, "-m", "multilstm", "compare"]
+    for backend in ("jax", "torch"):
+        command += ["--python", f"{backend}={python}"]
+    comparison = subprocess.Popen(
+        [*command, "--out", run.parent], stderr=subprocess.PIPE, text=True
+    )
+    while not (run / "ready").exists():
+        assert comparison.poll() is None
+        time.sleep(0.01)
+    comparison.send_signal(number)
+    _, err = comparison.communicate(timeout=50)
+    assert comparison.returncode == 1
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert (run / "saved").read_text() == str(int(number))
+    assert not (run.parent / "torch").exists()
 
 
 def test_largest_difference_is_that_worked_by_hand():

@@ -644,6 +644,23 @@ def test_run_that_is_out_of_time_is_not_tried_again(train, monkeypatch):
     assert calls == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("patience", 1.5),
+        ("max_vocabulary", 20.5),
+        ("train_tokens", 100.0),
+        ("until_perplexity", "low"),
+        ("precision", "float16"),
+    ],
+)
+def test_settings_of_another_kind_leave_no_folder(name, value, train, tmp_path):
+    """A run that was trained with them could not be read, nor gone on with."""
+    with pytest.raises(UserError, match=f"`{name}` of a run must be .*receiv"):
+        train(**{name: value})
+    assert not (tmp_path / "run").exists()
+
+
 def test_retries_come_to_an_end(train, caplog):
     with pytest.raises(DivergedError, match="Lower the learning rate"):
         train(preset="tiny_wild", retries=2)
@@ -654,7 +671,7 @@ def test_retries_come_to_an_end(train, caplog):
 
 @pytest.mark.parametrize("minutes", [-1.0, math.nan, math.inf])
 def test_time_between_checkpoints_is_checked(minutes, train):
-    with pytest.raises(UserError, match="`checkpoint_minutes` must be at"):
+    with pytest.raises(UserError, match=r"`checkpoint_minutes`.* must be"):
         train(checkpoint_minutes=minutes)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from multilstm.benchmark import Shape, resident_mb
+from multilstm.benchmark import Shape
+from multilstm.devices import memory_mb, peak_memory_mb
 from multilstm.files import read_json, write_json
 
 SCHEMA = "multilstm.large_vocabulary/1"
@@ -115,9 +116,9 @@ def measure_memory(kind: str, optimizer: str, shape: Shape) -> dict[str, Any]:
 
     from multilstm import model  # noqa: F401
 
-    before = resident_mb("VmRSS")
+    before = memory_mb()
     train(make(kind, shape, optimizer), cut(shape, 2))
-    return {"peak_over_start_mb": round(resident_mb("VmHWM") - before, 1)}
+    return {"peak_over_start_mb": round(peak_memory_mb() - before, 1)}
 
 
 def ask_for_memory(kind: str) -> dict[str, Any]:

@@ -123,16 +123,9 @@ def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
         settings = read_config(config)
         preset, precision = preset_of(settings), settings.get("precision")
     dtype = "bfloat16" if precision == "mixed_bfloat16" else precision
-    shape = {
-        "units": preset.units_of_layers,
-        "embedding_dim": preset.embedding_dim,
-        "tied": preset.tied_embeddings,
-        "batch_size": max(options.batch_size or preset.batch_size, 1),
-        "sequence_length": max(
-            options.sequence_length or preset.sequence_length, 1
-        ),
-        "vocabulary_size": max(options.max_vocabulary or 10_000, 1),
-    }
+    shape = preset.shape(max(options.max_vocabulary or 10_000, 1))
+    for name in ("batch_size", "sequence_length"):
+        shape[name] = max(getattr(options, name) or shape[name], 1)
     return shape, dtype
 
 

@@ -32,7 +32,6 @@ from multilstm.selection import BACKENDS
 from multilstm.workers import WorkerProcess
 
 BENCH_SCHEMA = "multilstm-bench-1"
-DTYPES = ("float32", "tf32", "bfloat16")
 # Threads of some frameworks spin for a fifth of a second after their work.
 PAUSE_SECONDS = 0.3
 
@@ -120,22 +119,17 @@ def bench(
             f"Install one: {devices.how_to_install('jax')}"
         )
     dtype = dtype or devices.usual_precision()
-    if model and dtype == "bfloat16":
-        raise UserError(
-            "A model of one's own has the dtype that its file names; received "
-            "dtype bfloat16. Save it with that policy and leave the dtype out."
-        )
-    if model and peers:
-        raise UserError(
-            "Peers are timed beside networks of this package; received peers "
-            f"and the model {model}. Leave one of them out."
-        )
-    if not model and any(shape.tokens < 2 for shape in shapes):
-        # Windows of one word come once more, and count as two steps.
-        raise UserError(
-            "A step needs two words or more; received a batch of one row of "
-            "one word. Give a larger batch size or sequence length."
-        )
+    _check_asked(shapes, model, dtype, peers=peers)
+    for name, number in (
+        ("processes", processes),
+        ("rounds", rounds),
+        ("steps", steps),
+    ):
+        if number is not None and not (isinstance(number, int) and number > 0):
+            raise UserError(
+                f"`{name}` must be a whole number, 1 or more; received "
+                f"{number}."
+            )
     ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
     if peers:
         ways += PEERS
@@ -207,6 +201,32 @@ def bench(
         },
         "results": results,
     }
+
+
+def _check_asked(
+    shapes: Sequence[Shape], model: Path | None, dtype: str, *, peers: bool
+) -> None:
+    if dtype not in LOSS_TOLERANCE:
+        raise UserError(
+            f"`dtype` must be one of {', '.join(LOSS_TOLERANCE)}; received "
+            f"{dtype!r}."
+        )
+    if model and dtype == "bfloat16":
+        raise UserError(
+            "A model of one's own has the dtype that its file names; received "
+            "dtype bfloat16. Save it with that policy and leave the dtype out."
+        )
+    if model and peers:
+        raise UserError(
+            "Peers are timed beside networks of this package; received peers "
+            f"and the model {model}. Leave one of them out."
+        )
+    if not model and any(shape.tokens < 2 for shape in shapes):
+        # Windows of one word come once more, and count as two steps.
+        raise UserError(
+            "A step needs two words or more; received a batch of one row of "
+            "one word. Give a larger batch size or sequence length."
+        )
 
 
 def _start(

@@ -1,8 +1,9 @@
 """Times training steps in this process; a driver at a pipe's other end asks.
 
-A process holds one framework and one way to train. `python -m
-multilstm.benchmark` answers the questions that `workers.WorkerProcess` asks:
-JSON lines that name a method of `Worker` and its arguments.
+A process holds one framework, and of the ways to train with it those that it
+was asked to build. `python -m multilstm.benchmark` answers the questions that
+`workers.WorkerProcess` asks: JSON lines that name a method of `Worker` and its
+arguments.
 
 Ways to train a language model of a given shape, from the same weights on the
 same batches:
@@ -429,7 +430,7 @@ class Worker:
         """The most memory of this process for a shape, framework and all."""
         gpu_bytes = native_loops.gpu_peak_bytes(self.backend)
         return {
-            "peak_memory_mb": resident_mb("VmHWM"),
+            "peak_memory_mb": devices.peak_memory_mb(),
             "peak_device_memory_mb": gpu_bytes and round(gpu_bytes / 1e6, 1),
         }
 
@@ -456,11 +457,11 @@ class Worker:
 
     def measure_memory(self, variant: str) -> dict[str, Any]:
         """Of one window in a process that has done nothing else."""
-        before = resident_mb("VmRSS")
+        before = devices.memory_mb()
         _, train = self.make(variant)
         train(self.window)
         gpu_bytes = native_loops.gpu_peak_bytes(self.backend)
-        peak = resident_mb("VmHWM")
+        peak = devices.peak_memory_mb()
         return {
             "peak_mb": peak,
             "peak_over_start_mb": round(peak - before, 1),
@@ -651,20 +652,6 @@ def forget_peak(backend: str) -> None:
     references = Path("/proc/self/clear_refs")
     if references.exists():
         references.write_text("5")
-
-
-def resident_mb(field: str) -> float:
-    """This process's memory: `VmRSS` is what it has, `VmHWM` the most it had.
-
-    `getrusage` counts in the peak of the process that started this one.
-    """
-    path = Path("/proc/self/status")
-    if not path.exists():  # not Linux: without a peak
-        import psutil
-
-        return round(psutil.Process().memory_info().rss / 1e6, 1)
-    status = path.read_text()
-    return round(int(status.split(f"{field}:")[1].split()[0]) * 1.024e-3, 1)
 
 
 def _questions() -> Iterator[str]:

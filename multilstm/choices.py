@@ -106,14 +106,23 @@ def find_choice(
 
 
 def _is_whole(choice: Mapping[str, Any]) -> bool:
+    """Whether all is there, and of the kinds that its readers take."""
     if not choice.keys() >= _FIELDS:
         return False
-    of = choice["shape_class"]
-    return (
-        isinstance(of, dict)
-        and isinstance(of.get("tied"), bool)
-        and all(isinstance(of.get(n), int) and of[n] > 0 for n in SIZES)
-    )
+    try:
+        speeds = choice["tokens_per_second"]
+        return (
+            shape_class(choice["shape"]) == choice["shape_class"]
+            and choice["backend"] in choice["ranking"]
+            and all(0 < speeds[name] < math.inf for name in choice["ranking"])
+            and all(isinstance(of, dict) for of in choice["versions"].values())
+            and isinstance(choice["made"], str)
+        )
+    except (
+        *(ArithmeticError, AttributeError, LookupError),
+        *(TypeError, ValueError),
+    ):
+        return False
 
 
 def _distance(choice: Mapping[str, Any], wanted: Mapping[str, int]) -> float:

@@ -138,12 +138,12 @@ def comparison_table(results: dict[str, Any]) -> Table:
             table.add_row(backend, result["error"])
             continue
         figures = [result["valid_perplexity"], result["test_perplexity"]]
-        speeds = [row["tokens_per_second"] for row in result["history"]]
+        speed = result["tokens_per_second"]
         table.add_row(
             backend,
             str(result["best_epoch"] or "-"),
             *("-" if figure is None else f"{figure:.2f}" for figure in figures),
-            f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
+            "-" if speed is None else f"{speed:,.0f}",
         )
     return table
 
@@ -390,10 +390,6 @@ def _check_timeout(seconds: float) -> float:
 
 
 def _how_to_measure(options: Measure) -> dict[str, Any]:
-    for name in ("processes", "rounds", "steps"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be above 0; received {value}.")
     return {
         "dtype": options.dtype,
         "processes": options.processes,

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from multilstm.errors import UserError
 from multilstm.files import check_kinds, read_json
 from multilstm.presets import Preset
 
 CONFIG_SCHEMA = "multilstm-run-1"
+
+Precision = Literal["float32", "tf32", "mixed_bfloat16"]
+Softmax = Literal["exact", "adaptive", "sampled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,10 @@ class Settings:
     learning_rate: float | None = None
     halved_from: float | None = None  # what was asked for, before `retries`
     gradient_accumulation_steps: int | None = None
-    precision: str | None = None
+    precision: Precision | None = None
     starts_from: str | None = None
     train_tokens: int | None = None
-    softmax: str = "exact"
+    softmax: Softmax = "exact"
     cutoffs: Sequence[int] | None = None
     num_sampled: int | None = None
     seed: int = 0

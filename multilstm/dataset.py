@@ -422,7 +422,44 @@ class RowStarts(keras.utils.PyDataset):
         return (self.batches.row_starts(index),)
 
 
-class PartOfRows(keras.utils.PyDataset):
+class _PartOf(keras.utils.PyDataset):
+    """Some of what a dataset of this module has."""
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self.batches = batches
+        self.batch_size = batches.batch_size
+        self.sequence_length = batches.sequence_length
+        self.token_ids = batches.token_ids
+        self.is_sliced = batches.is_sliced
+        self.varies = getattr(batches, "varies", False)
+
+
+class LaterBatches(_PartOf):
+    """The batches from a certain one on, for an epoch that was begun.
+
+    Args:
+        batches: A dataset of this module.
+        first: Number of the first batch, counted from 0.
+    """
+
+    def __init__(self, batches: Any, first: int) -> None:
+        super().__init__(batches)
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.first
+
+    def row_starts(self, index: int) -> TokenIds:
+        """As that of the dataset."""
+        starts: TokenIds = self.batches.row_starts(self.first + index)
+        return starts
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[self.first + index]
+
+
+class PartOfRows(_PartOf):
     """Some of the rows of every batch, for one of several devices.
 
     Args:
@@ -435,14 +472,9 @@ class PartOfRows(keras.utils.PyDataset):
     """
 
     def __init__(self, batches: Any, part: int, num_parts: int) -> None:
-        super().__init__()
-        self.batches = batches
+        super().__init__(batches)
         self.batch_size = part_of_rows(batches.batch_size, num_parts)
         self.rows = slice(part * self.batch_size, (part + 1) * self.batch_size)
-        self.sequence_length = batches.sequence_length
-        self.token_ids = batches.token_ids
-        self.is_sliced = batches.is_sliced
-        self.varies = getattr(batches, "varies", False)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -6,9 +6,14 @@ No framework is asked, so none is loaded.
 import importlib.util
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+_STATUS = Path("/proc/self/status")  # on Linux
+
+Dtype = Literal["float32", "tf32", "bfloat16"]  # of the products
 
 CUDA_FORMS = {
     "jax": "pip install 'jax[cuda13]'",
@@ -63,9 +68,40 @@ def device_and_driver() -> tuple[str, str | None]:
     return str(name), str(version)
 
 
-def usual_precision() -> str:
+def usual_precision() -> Dtype:
     """What training multiplies in untold: `"tf32"` on a GPU or `"float32"`."""
     return "float32" if _nvml() is None else "tf32"
+
+
+def memory_mb() -> float:
+    """The resident memory of this process, in MB."""
+    if _STATUS.exists():
+        return _of_status("VmRSS")
+    import psutil
+
+    return round(psutil.Process().memory_info().rss / 1e6, 1)
+
+
+def peak_memory_mb() -> float:
+    """The most that it had so far.
+
+    On Linux `getrusage` would count in that of the process that started it.
+    """
+    if _STATUS.exists():
+        return _of_status("VmHWM")
+    if sys.platform == "win32":
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 1e6, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+
+
+def _of_status(field: str) -> float:
+    """A line of `/proc/self/status`, in MB."""
+    kibibytes = _STATUS.read_text().split(f"{field}:")[1].split()[0]
+    return round(int(kibibytes) * 1.024e-3, 1)
 
 
 def gpu_memory() -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from multilstm.errors import UserError, WriteError
 
@@ -201,7 +201,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in inner
-    if origin is UnionType:
+    if origin in (Union, UnionType):  # which one, the kinds decide
         return any(_is_of(value, one) for one in inner)
     if origin is Sequence:
         is_list = isinstance(value, list | tuple)
@@ -219,7 +219,7 @@ def _in_words(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(inner)}"
-    if origin is UnionType:
+    if origin in (Union, UnionType):  # which one, the kinds decide
         return " or ".join(_in_words(one) for one in inner)
     if origin is Sequence:
         return f"a list, each of it {_in_words(inner[0])}"

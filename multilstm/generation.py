@@ -1,7 +1,9 @@
 """Model + prompt -> words, one step a word with the state carried on."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -166,6 +168,7 @@ def predict_next_words(
     Raises:
         UserError: If the text is shorter than that.
     """
+    token_ids = np.asarray(token_ids, np.int32)
     if start < 1 or num_words < 1 or start + num_words > len(token_ids):
         raise UserError(
             "The words to predict must lie between the second and the last "
@@ -218,12 +221,19 @@ def _check_range(
     top_p: float | None,
     seed: int,
 ) -> None:
-    for name, value, is_right, needed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "finite, at least 0"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("seed", seed, seed >= 0, "at least 0"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in 0..1, not 0"),
+    for name, number, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("top_k", 1 if top_k is None else top_k, 1),
+        ("seed", seed, 0),
     ):
-        if not is_right or (value is not None and not np.isfinite(value)):
-            raise UserError(f"`{name}` must be {needed}; received {value}.")
+        if not (isinstance(number, Integral) and number >= least):
+            raise UserError(
+                f"`{name}` must be a whole number, {least} or more; received "
+                f"{number}."
+            )
+    if not 0 <= temperature < math.inf:
+        raise UserError(
+            f"`temperature` must be finite, 0 or more; received {temperature}."
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"`top_p` must be in 0..1, not 0; received {top_p}.")

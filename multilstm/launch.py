@@ -16,11 +16,13 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from multilstm.errors import UserError
 
 _LAUNCHER = "MULTILSTM_LAUNCHER"
 _TOLD = "MULTILSTM_TOLD"  # a folder with a file for each line that was told
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # which Windows has not
 _MOST_DEVICES = 64  # of one machine; `torchrun` starts several machines
 
 
@@ -131,54 +133,84 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = tempfile.TemporaryDirectory(prefix="multilstm-")
-    processes: list[subprocess.Popen[bytes]] = []
-    passed_on: set[int] = set()
-
-    def pass_on(number: int, frame: object) -> None:
-        passed_on.add(number)
-        for process in processes:
-            process.send_signal(number)
-
-    before = {
-        number: signal.signal(number, pass_on)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    command = [sys.executable, "-m", "multilstm", *arguments]
+    with (
+        tempfile.TemporaryDirectory(prefix="multilstm-") as told,
+        Processes() as processes,
+    ):
         for rank in range(count):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "multilstm", *arguments],
-                env=os.environ
-                | {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "WORLD_SIZE": str(count),
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    _LAUNCHER: str(os.getpid()),
-                    _TOLD: told.name,
-                },
-                # Or a terminal would send them each Ctrl-C once more.
-                start_new_session=True,
+            processes.start(
+                command,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                WORLD_SIZE=str(count),
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                **{_LAUNCHER: str(os.getpid()), _TOLD: told},
             )
-            processes.append(process)
-            for number in [*passed_on]:  # while this one was started
-                process.send_signal(number)
-        status = _wait(processes, passed_on)
-        if status and passed_on and not any(Path(told.name).iterdir()):
+        status = _wait(processes.running, processes.passed_on)
+        if status and processes.passed_on and not any(Path(told).iterdir()):
             print("error: interrupted", file=sys.stderr)
         return status
-    finally:
-        for process in processes:
-            process.kill()
+
+
+class Processes:
+    """Processes that get the Ctrl-C and SIGTERM that come to this one.
+
+    Within the block; those that still run at its end are killed.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.passed_on: set[int] = set()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Processes":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for process in self.running:
+            _send(process, _KILL)
             process.wait()
-        told.cleanup()
-        for number, handler in before.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def start(self, command: Sequence[str], **environment: str) -> None:
+        """Starts one more.
+
+        Raises:
+            OSError: If it cannot be run.
+        """
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            # Or a terminal would send it each Ctrl-C once more.
+            start_new_session=True,
+        )
+        self.running.append(process)
+        for number in [*self.passed_on]:  # while it was started
+            _send(process, number)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.passed_on.add(number)
+        for process in self.running:
+            _send(process, number)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """To a process and, where it is the wrapper of one, to that too."""
+    if process.poll() is not None:
+        return
+    if os.name == "nt":  # which has no groups
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
 
 
 def _wait(
-    processes: list[subprocess.Popen[bytes]], passed_on: Collection[int]
+    processes: Sequence[subprocess.Popen[bytes]], passed_on: Collection[int]
 ) -> int:
     """Until all have ended, or one was killed by a signal not passed on."""
     while True:

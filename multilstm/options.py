@@ -6,16 +6,17 @@ from typing import Annotated, Literal
 
 import tyro
 
+from multilstm.config import Precision, Softmax
+from multilstm.devices import Dtype
+from multilstm.selection import BackendName
+
 UnknownWords = Literal["error", "drop"]
-Softmax = Literal["exact", "adaptive", "sampled"]
 Run = Annotated[Path, tyro.conf.Positional]
-Dtype = Literal["float32", "tf32", "bfloat16"]
 Pythons = tyro.conf.UseAppendAction[tuple[str, ...]]
 Method = Literal[
     "temperature", "cache", "dropout", "dynamic-sgd", "dynamic-rms"
 ]
 Methods = tyro.conf.UseAppendAction[tuple[Method, ...]]
-BackendName = Literal["jax", "torch", "tensorflow"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class Train(OnCorpus):
     """Of the first epochs. Default: the preset's."""
     gradient_accumulation_steps: int | None = None
     """Batches whose gradients make one step. Default: the preset's."""
-    precision: Literal["float32", "tf32", "mixed_bfloat16"] | None = None
+    precision: Precision | None = None
     """Of products; the weights are float32 in all. Default: tf32 on a GPU,
     float32 elsewhere."""
     starts_from: Path | None = None

@@ -246,6 +246,17 @@ class Preset:
         """Tokens in a batch."""
         return self.batch_size * self.sequence_length
 
+    def shape(self, vocabulary_size: int) -> dict[str, Any]:
+        """The sizes of network and batches, as `find_choice` takes them."""
+        return {
+            "units": self.units_of_layers,
+            "embedding_dim": self.embedding_dim,
+            "tied": self.tied_embeddings,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "vocabulary_size": vocabulary_size,
+        }
+
     def architecture(self) -> dict[str, Any]:
         """The arguments of `LanguageModel` that the preset fixes."""
         names = (

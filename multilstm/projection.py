@@ -7,7 +7,7 @@ adaptive  with the frequent words, and with rare ones if it is rare
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import keras
 import numpy as np
@@ -18,12 +18,11 @@ from multilstm.adaptive_softmax import (
     check_cutoffs,
     default_cutoffs,
 )
+from multilstm.config import Softmax
 from multilstm.errors import UserError
 from multilstm.initializers import NumPyInitializer
 from multilstm.layers import Embedding
 from multilstm.ops import embedding_lookup, linear_cross_entropy, on_host
-
-Softmax = Literal["exact", "sampled", "adaptive"]
 
 # A logit that no other one can be below.
 _NEVER = -1e9

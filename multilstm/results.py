@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from multilstm.checkpoint import History
+from multilstm.devices import peak_memory_mb
 from multilstm.errors import UserError
 from multilstm.files import finite_or_none, read_json, write_json
 from multilstm.keeper import Keeper
@@ -15,7 +16,6 @@ from multilstm.runs import (
     describe_environment,
     describe_protocol,
     load_run,
-    peak_memory_mb,
 )
 from multilstm.weights_file import describe_weights
 

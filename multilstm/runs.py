@@ -145,19 +145,6 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, in MB."""
-    if sys.platform == "win32":
-        import psutil
-
-        return float(psutil.Process().memory_info().peak_wset / 1e6)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * unit / 1e6, 1)
-
-
 def load_corpus_of(
     settings: dict[str, Any], data_folder: str | Path | None
 ) -> Corpus:

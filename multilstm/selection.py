@@ -9,21 +9,22 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from multilstm import __version__
 from multilstm.choices import find_choice, shape_class, why_stale
 from multilstm.devices import device_and_driver, how_to_install
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, write_json
+from multilstm.launch import Processes
 from multilstm.presets import MEASURED, PRESETS
 
-BACKENDS = ("jax", "torch", "tensorflow")
+BackendName = Literal["jax", "torch", "tensorflow"]
+BACKENDS = get_args(BackendName)
 COMPARISON_SCHEMA = "multilstm-comparison-2"
 
 
@@ -201,14 +202,7 @@ def describe_presets(
     device, _ = device_and_driver()
     rows = []
     for preset in PRESETS.values():
-        shape = {
-            "units": preset.units_of_layers,
-            "embedding_dim": preset.embedding_dim,
-            "tied": preset.tied_embeddings,
-            "batch_size": preset.batch_size,
-            "sequence_length": preset.sequence_length,
-            "vocabulary_size": vocabulary_size,
-        }
+        shape = preset.shape(vocabulary_size)
         row: dict[str, Any] = {
             "preset": preset.name,
             "source": preset.source,
@@ -362,12 +356,11 @@ def compare(
 def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
     """Runs a command; the record that it wrote, or why there is none."""
     try:
-        process = subprocess.Popen(command)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # it heard Ctrl-C too, and saves what it has
-            raise
+        with Processes() as processes:
+            processes.start(command)
+            status = processes.running[0].wait()
+        if processes.passed_on:  # it has saved what it had
+            raise KeyboardInterrupt
         if status != 0:
             return {"error": f"ended with status {status}"}
         record: dict[str, Any] = read_or_explain(

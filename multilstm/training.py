@@ -15,21 +15,21 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-from numpy.typing import NDArray
 
 from multilstm.checkpoint import Progress
-from multilstm.config import DEFAULTS
+from multilstm.config import DEFAULTS, Precision, Settings, Softmax
 from multilstm.corpus import Corpus
-from multilstm.dataset import part_of_rows
+from multilstm.dataset import LaterBatches, part_of_rows
 from multilstm.devices import CUDA_FORMS, device_and_driver
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluator
 from multilstm.failures import explaining_failures
+from multilstm.files import check_kinds
 from multilstm.keeper import (
     DivergedError,
     Keeper,
@@ -49,7 +49,6 @@ from multilstm.ops import (
 )
 from multilstm.optimizers import make_optimizer
 from multilstm.plan import (
-    Precision,
     check_trainable,
     cut_batches,
     make_plan,
@@ -57,7 +56,6 @@ from multilstm.plan import (
 )
 from multilstm.presets import Preset, find_preset
 from multilstm.progress import ProgressBar, StepTimes
-from multilstm.projection import Softmax
 from multilstm.results import read_result, take_figures, tell_again
 from multilstm.run_folder import RunFolder
 from multilstm.runs import (
@@ -187,6 +185,7 @@ def train(
         "unknown": unknown,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    check_kinds(given, Settings, "a run")
     if keras.config.max_epochs() or keras.config.max_steps_per_epoch():
         raise UserError(
             "A run must train as long as it is told to; Keras is told to end "
@@ -513,15 +512,8 @@ def _fit(
     devices = keeper.devices
     if progress and not devices.rank:
         bars.append(ProgressBar(plan.tokens_per_step, plan.epochs))
-    kept: dict[int, Any] = {}
-
-    def part_of(batches: Any) -> Any:
-        """The same object for the same batches, as steps are compiled by it."""
-        if id(batches) not in kept:
-            kept.clear()
-            kept[id(batches)] = (batches, devices.part(batches))
-        return kept[id(batches)][1]
-
+    # The same object for the same batches, as steps are compiled by it.
+    part_of = lru_cache(maxsize=1)(devices.part)
     with stop_on_interrupt(keeper), keeper.folder.writing_behind():
         try:
             while not (keeper.has_ended or keeper.out_of_time):
@@ -535,7 +527,7 @@ def _fit(
                     bar.whole_epoch = len(batches)
                 lengths = getattr(batches, "lengths", None)
                 if keeper.num_batches:
-                    batches = _Rest(batches, keeper.num_batches)
+                    batches = LaterBatches(batches, keeper.num_batches)
                     if lengths is not None:
                         lengths = lengths[keeper.num_batches :]
                 times.begin_epoch(lengths)
@@ -553,27 +545,3 @@ def _fit(
             for bar in bars:
                 bar.close()
         keeper.draw()
-
-
-class _Rest(keras.utils.PyDataset):
-    """The batches of a dataset from a certain one on."""
-
-    def __init__(self, batches: Any, first: int) -> None:
-        super().__init__()
-        self.batches = batches
-        self.first = first
-        self.is_sliced = batches.is_sliced
-        self.varies = getattr(batches, "varies", False)
-        self.token_ids = batches.token_ids
-        self.batch_size = batches.batch_size
-        self.sequence_length = batches.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.first
-
-    def row_starts(self, index: int) -> NDArray[np.int32]:
-        starts: NDArray[np.int32] = self.batches.row_starts(self.first + index)
-        return starts
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batches[self.first + index]

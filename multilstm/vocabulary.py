@@ -119,10 +119,6 @@ class Vocabulary:
         """The id of `<unk>`, or None where the vocabulary lacks it."""
         return self._ids.get(UNKNOWN)
 
-    def id_of(self, word: str) -> int | None:
-        """The id of `word` itself, or None: no `<unk>` stands in for it."""
-        return self._ids.get(word)
-
     def unknown_words(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The counted words that are not in the vocabulary."""
         return {w: n for w, n in counts.items() if w not in self._ids}

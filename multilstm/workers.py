@@ -93,12 +93,14 @@ class WorkerProcess:
         if not line:
             raise WorkerError(self._say_how_it_ended())
         try:
-            answer: dict[str, Any] = json.loads(line)
+            answer = json.loads(line)
         except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
             self._end()
             raise WorkerError(
-                f"what it answered is no JSON: {line.strip()[:80]!r}"
-            ) from None
+                f"what it answered is no JSON object: {line.strip()[:80]!r}"
+            )
         if "failure" in answer:
             raise WorkerError(answer["failure"])
         return answer

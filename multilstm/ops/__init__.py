@@ -1,4 +1,4 @@
-"""The only place that knows a framework: one function, a file per backend.
+"""The only place that knows a framework: a file for each backend.
 
 `reference.py` is written in `keras.ops` alone. It runs on every backend and
 is the oracle for whatever replaces it on one of them.

@@ -1,7 +1,7 @@
 """Several devices for one batch, as each framework has them; here one.
 
 batch -> rows -> device 0: gradients --+
-device 1: gradients --+--> their sum -> clipped -> a step
+-> device 1: gradients --+--> their sum -> clipped -> a step
 """
 
 from collections.abc import Iterator
