@@ -175,6 +175,48 @@ def test_masked_steps_are_those_of_keras_lstm(mask, arguments, x, rng):
             np.testing.assert_allclose(out, expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(BATCH + 1, UNITS)] * 2,
+        [(BATCH, UNITS), (BATCH + 1, UNITS)],
+        [(2 * BATCH, UNITS)] * 2,
+        [(BATCH, UNITS - 1)] * 2,
+        [(BATCH, 4 * UNITS)] * 2,
+        [(UNITS,)] * 2,
+        [(BATCH, UNITS)],
+        [(BATCH, UNITS)] * 3,
+    ],
+    ids=str,
+)
+def test_states_of_another_shape_are_refused(shapes, x):
+    """PyTorch's kernel would read what lies behind them."""
+    states = [np.zeros(shape, np.float32) for shape in shapes]
+    with pytest.raises(UserError, match="`initial_state` must be h and c"):
+        LSTM(UNITS)(x, initial_state=states)
+
+
+def test_a_state_or_a_mask_of_one_row_is_that_of_all(x, rng):
+    layer = LSTM(UNITS)
+    states = rng.standard_normal((2, 1, UNITS)).astype(np.float32)
+    mask = rng.random((1, TIME)) < 0.5
+    each = [np.repeat(state, BATCH, 0) for state in states]
+    truth = numpy(layer(x, initial_state=each, mask=np.repeat(mask, BATCH, 0)))
+    for out in (
+        layer(x, initial_state=[*states], mask=mask),
+        layer(x, initial_state=each, mask=np.repeat(mask, BATCH, 0)[..., None]),
+    ):
+        np.testing.assert_array_equal(numpy(out), truth)
+
+
+@pytest.mark.parametrize(
+    "shape", [(BATCH, TIME - 1), (BATCH + 1, TIME), (BATCH, TIME, 2)], ids=str
+)
+def test_masks_of_another_shape_are_refused(shape, x):
+    with pytest.raises(UserError, match="`mask` must have the shape"):
+        LSTM(UNITS)(x, mask=np.ones(shape, bool))
+
+
 def test_mask_of_an_embedding_goes_through_to_the_loss(rng):
     ids = np.array([[1, 2, 0], [3, 0, 0]], np.int32)
     y = rng.standard_normal((2, 3, 2)).astype(np.float32)

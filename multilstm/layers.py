@@ -85,21 +85,27 @@ class LSTM(keras.layers.Layer):
 
     Call arguments:
         sequences: Tensor of shape `(batch, time, features)`.
-        initial_state: `(h, c)`, each of shape `(batch, units)`. Default: the
-            carried state where it is carried, otherwise zeros. An explicit
-            state leaves the carried one alone.
-        mask: Bool tensor of shape `(batch, time)`; a step that is False
-            leaves the state and repeats the output, as with Keras's layer.
-            (Where steps are masked before the first and the initial state is
-            not zero, Keras's output is h on JAX, as here, and zero on others.)
+        initial_state: `(h, c)`, each of shape `(batch, units)`, or of one row
+            for all. Default: the carried state where it is carried, otherwise
+            zeros. An explicit state leaves the carried one alone.
+        mask: Bool tensor of shape `(batch, time)` (`(batch, time, 1)` and one
+            row for all will do); a step that is False leaves the state and
+            repeats the output, as with Keras's layer. (Where steps are masked
+            before the first and the initial state is not zero, Keras's output
+            is h on JAX, as here, and zero on others.)
         training: Whether dropout is applied.
 
     Output shape:
         `(batch, units)`, or `(batch, time, units)` with `return_sequences`;
         with `return_state` a tuple of that, h and c.
 
+    Raises:
+        UserError: For states or masks of another shape, and arguments that
+            no fast kernel has.
+
     Gradients are taken backwards: JAX's forward mode (`jax.jvp`) does not go
-    through.
+    through, nor do PyTorch's (`torch.autograd.forward_ad`) and its
+    `torch.func.vmap` of the layer itself. `keras.layers.LSTM` has them.
 
     Reference:
         Hochreiter and Schmidhuber, 1997, "Long short-term memory".
@@ -249,6 +255,8 @@ class LSTM(keras.layers.Layer):
         # Keras casts what is float alone.
         sequences = ops.cast(sequences, self.compute_dtype)
         sequences = self.input_dropout(sequences, training=training)
+        if mask is not None:
+            mask = _of_each_step(mask, sequences)
         if self.go_backwards:
             sequences = ops.flip(sequences, axis=1)
             mask = None if mask is None else ops.flip(mask, axis=1)
@@ -261,11 +269,15 @@ class LSTM(keras.layers.Layer):
 
     def read_state(self, sequences: Any, initial_state: State | None) -> State:
         """The state to start from: the given one, the carried one, or zeros."""
-        if initial_state is None and self.carried is not None:
-            initial_state = self.carried.read(sequences)
-        elif initial_state is None:
-            initial_state = self.get_initial_state(ops.shape(sequences)[0])
-        h, c = (ops.cast(state, self.compute_dtype) for state in initial_state)
+        if initial_state is not None:
+            states = [ops.cast(s, self.compute_dtype) for s in initial_state]
+            return _of_each_row(states, sequences, self.units)
+        if self.carried is None:
+            return self.get_initial_state(ops.shape(sequences)[0])
+        h, c = (
+            ops.cast(state, self.compute_dtype)
+            for state in self.carried.read(sequences)
+        )
         return h, c
 
     def read_weights(self, training: bool | None) -> tuple[Any, Any, Any]:
@@ -528,6 +540,58 @@ def reset_carried_state(model: Any) -> None:
     for variable in model.variables:
         if getattr(variable, "is_carried_state", False):
             variable.assign(np.zeros(variable.shape, np.float32))
+
+
+def _of_each_row(states: list[Any], sequences: Any, units: int) -> State:
+    """A state for each row, from one for all if need be.
+
+    What has another shape is refused here: not every kernel looks.
+    """
+    rows = sequences.shape[0]  # None where it is not known yet
+    shapes = [tuple(state.shape) for state in states]
+    if len(states) != 2 or not all(
+        _may_be(shape, (rows, units)) or _may_be(shape, (1, units))
+        for shape in shapes
+    ):
+        raise UserError(
+            "`initial_state` must be h and c, each of shape "
+            f"({rows or 'batch'}, {units}); received shapes "
+            f"{', '.join(map(str, shapes))}. Give a state for each row."
+        )
+    h, c = (
+        ops.broadcast_to(state, (rows, units))
+        if rows and shape[0] == 1
+        else state
+        for state, shape in zip(states, shapes, strict=True)
+    )
+    return h, c
+
+
+def _of_each_step(mask: Any, sequences: Any) -> Any:
+    """A mask of shape `(batch, time)`, from `(batch, time, 1)` if need be."""
+    mask = ops.convert_to_tensor(mask)
+    if len(mask.shape) == 3 and mask.shape[2] == 1:
+        mask = ops.squeeze(mask, 2)
+    rows, steps = sequences.shape[:2]
+    shape = tuple(mask.shape)
+    if not (_may_be(shape, (rows, steps)) or _may_be(shape, (1, steps))):
+        raise UserError(
+            "`mask` must have the shape (batch, time) of its sequences, "
+            f"{(rows, steps)}; received {shape}."
+        )
+    if rows and shape[0] == 1:
+        mask = ops.broadcast_to(mask, (rows, shape[1]))
+    return mask
+
+
+def _may_be(
+    shape: tuple[int | None, ...], wanted: tuple[int | None, ...]
+) -> bool:
+    """Whether they are one shape, as far as both are known."""
+    return len(shape) == len(wanted) and all(
+        None in pair or pair[0] == pair[1]
+        for pair in zip(shape, wanted, strict=True)
+    )
 
 
 def _check_activation(argument: str, activation: Any, needed: str) -> None:
