@@ -8,8 +8,10 @@ from pathlib import Path
 
 import keras
 import pytest
+from test_bench import script as write_script
 
 from multilstm import ops
+from multilstm.selection import BACKENDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
 LARGE_VOCABULARY = SCRIPT.with_name("large_vocabulary.py")
@@ -114,6 +116,27 @@ def test_benchmark_refuses_sizes_that_cannot_be():
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
+def test_a_backend_that_cannot_start_leaves_the_others_theirs(tmp_path):
+    backend, out = keras.config.backend(), tmp_path / "result.json"
+    absent = next(name for name in BACKENDS if name != backend)
+    broken = write_script(
+        tmp_path, "python", "import sys; sys.exit('no such GPU')"
+    )
+    arguments = ["--shapes", "tiny", "--variants", "ours", "--out", out]
+    done = run(
+        *("--python", f"{absent}={broken}", "--rounds", "1", "--steps", "1"),
+        *("--python", f"{backend}={sys.executable}", *arguments),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [record["backend"] for record in result["results"]] == [backend]
+    assert "no such GPU" in result["absent"][absent]
+    done = run("--python", f"{absent}={broken}", *arguments)
+    assert done.returncode == 1
+    assert f"No backend can be timed: {absent}: " in done.stderr
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):
     out = tmp_path / "result.json"
     sizes = ["--vocabulary-size", "60", "--units", "8", "--steps", "1"]
@@ -171,10 +194,10 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         names.append([task.name for task in group])
         commands |= {task.name: task.command for task in group}
     assert names == [
-        ["recurrence"],
         ["lstm-step"],
         ["adam_512-torch"],
         ["adam_512-jax"],
+        ["recurrence"],
         ["between-epochs"],
         ["zaremba_medium-torch"],
         ["awd_adam-torch"],
@@ -199,7 +222,7 @@ def test_a_task_that_is_not_there_is_told(tmp_path):
         script=ON_GPU,
     )
     assert done.returncode == 2
-    assert "--only takes recurrence, lstm-step, adam_512-torch, " in done.stderr
+    assert "--only takes lstm-step, adam_512-torch, recurrence, " in done.stderr
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")

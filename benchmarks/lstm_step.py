@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from multilstm.bench import DTYPES
 from multilstm.benchmark import (
     CHECK_STEPS,
     KERAS_VARIANTS,
@@ -340,16 +339,28 @@ def start_workers(
 
 
 def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
-    """Starts the workers; gives what a file says besides its results."""
-    about = {}
-    for backend, worker in workers.items():
+    """Starts the workers; gives what a file says besides its results.
+
+    A worker that cannot start, or sees no GPU where one is required, is taken
+    out with the reason.
+    """
+    about, absent = {}, {}
+    for backend in [*workers]:
         try:
-            about[backend] = worker.ask("start", precision=options.precision)
+            answer = workers[backend].ask("start", precision=options.precision)
+            if options.require_gpu and not answer["gpu"]:
+                raise WorkerError("it sees no GPU, which --require-gpu asks")
         except WorkerError as failure:
-            raise UserError(f"{backend} cannot start: {failure}") from failure
+            absent[backend] = str(failure)
+            del workers[backend]
+        else:
+            about[backend] = answer
+    reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
+    if not about:
+        raise UserError(f"No backend can be timed: {reasons}")
+    if absent:
+        print(f"left out: {reasons}", file=sys.stderr)
     gpu = {backend: each["gpu"] for backend, each in about.items()}
-    if options.require_gpu and not all(gpu.values()):
-        raise UserError(f"--require-gpu: a GPU is seen by {gpu}")
     if len(set(gpu.values())) > 1:
         raise UserError(f"All must run on one kind of device; on a GPU: {gpu}")
     errors = {name: each["product_error"] for name, each in about.items()}
@@ -363,6 +374,7 @@ def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
             sorted({each["device"] for each in about.values()})
         ),
         "versions": {name: each["versions"] for name, each in about.items()},
+        "absent": absent,
         "precision": options.precision,
         "product_error": errors,
         "protocol": {
@@ -400,7 +412,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--python", action="append", default=[], metavar="BACKEND=PATH")
     add("--rounds", type=positive, default=7, help="windows of each variant")
     add("--steps", type=positive, default=16, help="steps in a window")
-    add("--precision", choices=DTYPES, default="float32")
+    add("--precision", choices=LOSS_TOLERANCE, default="float32")
     add("--memory", action="store_true", help="measure peak memory too")
     add("--require-gpu", action="store_true", help="fail without a GPU")
     add("--out", type=Path, metavar="FILE.json")

@@ -3,19 +3,19 @@
     python benchmarks/on_gpu.py --minutes 12 --out FOLDER \\
         --python torch=PATH --python jax=PATH --python tensorflow=PATH
 
-In this order: PyTorch's LSTM layers by cuDNN and in Triton; training steps of
-all backends, with PyTorch's LSTM in Triton; `adam_512` on each backend, for the
-time to its perplexity, and under Python's profiler; `zaremba_medium`,
-`awd_adam`, `pytorch_650_tied`, `zaremba_large` and `press_wolf_large`, each of
-these two in a command of its own; recorded steps of PyTorch; `best` and `awd`
-side by side, at equal compute, for as many epochs as there is time. Next:
-`--only recurrence lstm-step adam_512-tensorflow adam_512-torch
-zaremba_medium-torch`, in nine minutes, of which the last gets what the others
-leave: what must not be lost belongs into one command. The corpus is Penn
-Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm in it,
-this one too (or PYTHONPATH leads there). What fails is told and the rest goes
-on; logs and run folders are in FOLDER, and what is there already is gone on
-from.
+In this order: training steps of all backends, with PyTorch's LSTM in Triton;
+`adam_512` on each backend, for the time to its perplexity; PyTorch's LSTM
+layers by cuDNN and in Triton; `adam_512` under Python's profiler;
+`zaremba_medium`, `awd_adam`, `pytorch_650_tied`, `zaremba_large` and
+`press_wolf_large`, each of these two in a command of its own; recorded steps of
+PyTorch; `best` and `awd` side by side, at equal compute, for as many epochs as
+there is time. Next: `--only lstm-step adam_512-tensorflow adam_512-torch
+recurrence`, in nine minutes, of which the last gets what the others leave (its
+file grows by rows): what must not be lost belongs into one command. The corpus
+is Penn Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm
+in it, this one too (or PYTHONPATH leads there). What fails is told and the rest
+goes on; logs and run folders are in FOLDER, and what is there already is gone
+on from.
 """
 
 import argparse
@@ -78,8 +78,6 @@ def tasks(
         where = ("--out", str(out / f"{name}.json"))
         return Task(name, (*command, *where), {"KERAS_BACKEND": "torch"})
 
-    if "torch" in pythons:
-        yield 180, [of_torch("recurrence", "recurrence.py")]
     named = [f"--python={name}={path}" for name, path in pythons.items()]
     command = (
         *(sys.executable, str(HERE / "lstm_step.py"), "--require-gpu", *named),
@@ -90,8 +88,9 @@ def tasks(
     )
     yield 300, [Task("lstm-step", command)]
     for backend in reversed(pythons):
-        yield 150, [training("adam_512", backend)]
+        yield 180, [training("adam_512", backend)]
     if "torch" in pythons:
+        yield 180, [of_torch("recurrence", "recurrence.py")]
         # What takes the time between epochs, which on a GPU are short.
         epochs = training("adam_512", "torch", epochs=4)
         profiler = ("-m", "cProfile", "-o", str(out / "between-epochs.prof"))

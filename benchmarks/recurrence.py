@@ -180,7 +180,7 @@ def parse_blocks(text: str) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    presets = ["zaremba_medium", "awd", "awd_adam", "adam_512", "zaremba_large"]
+    presets = ["zaremba_medium", "adam_512", "awd", "awd_adam", "zaremba_large"]
     add("--presets", nargs="+", default=presets)
     add("--precisions", nargs="+", default=["tf32", "float32", "bfloat16"])
     add(
