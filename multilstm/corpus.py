@@ -99,7 +99,17 @@ class Corpus:
     sha256: dict[str, str]
 
     def split(self, name: str) -> NDArray[np.int32]:
-        """The ids of `"train"`, `"valid"` or `"test"`."""
+        """The ids of a split.
+
+        Args:
+            name: `"train"`, `"valid"` or `"test"`.
+
+        Returns:
+            Read-only int32 array of shape `(num_tokens,)`.
+
+        Raises:
+            UserError: If there is no such split.
+        """
         if name not in SPLITS:
             raise UserError(
                 f"A split is one of {', '.join(SPLITS)}; received {name!r}."
@@ -119,6 +129,12 @@ class Corpus:
         """The perplexity of guessing by the words' frequency in train alone.
 
         The figure to beat: a model that learned only which words are common.
+
+        Args:
+            split: Of which text, as for `split`.
+
+        Raises:
+            UserError: If there is no such split.
         """
         counts, seen = (
             self._counts(ids) for ids in (self.train, self.split(split))

@@ -13,6 +13,10 @@ class Perplexity(keras.metrics.Metric):
     Unlike Keras's averages it weighs tokens, not rows. The sums are float32;
     for a figure to report use `multilstm.evaluate`, which sums in float64.
 
+    Args:
+        name: What Keras's logs call it.
+        **kwargs: Of `keras.metrics.Metric`: `dtype`.
+
     Call arguments of `update_state`:
         y_true: int tensor of ids, shape `(batch, time)`.
         y_pred: Logits, shape `(batch, time, vocabulary)`.

@@ -150,6 +150,9 @@ def lstm_weights(weights: Any, dtype: str) -> Any:
     Args:
         weights: Tensors, in the dtype of the variables.
         dtype: Of the inputs.
+
+    Returns:
+        As many tensors of the same shapes.
     """
     return tuple(ops.cast(weight, dtype) for weight in weights)
 
@@ -356,11 +359,14 @@ def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:
     """Zeros a share of the inputs and scales the others up.
 
     Args:
-        inputs: Tensor.
+        inputs: Tensor of any shape.
         rate: The share, in 0..1.
         noise_shape: That of the mask, which is broadcast; None in it is the
             size of the inputs, None for it their shape.
         seed: A `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor of the inputs' shape and dtype.
     """
     return keras.random.dropout(
         inputs, rate, noise_shape=noise_shape, seed=seed
@@ -377,6 +383,9 @@ def steps_per_dispatch(flops: float) -> int:
 
     Args:
         flops: Floating-point operations of a step.
+
+    Returns:
+        Their number, 1 or more.
     """
     return 1
 
