@@ -174,15 +174,7 @@ def bench(
     results: list[dict[str, Any]] = []
     for shape, length, rows in zip(shapes, lengths, rows_of, strict=True):
         shape = dataclasses.replace(shape, sequence_length=length)
-        if model:
-            shape = dataclasses.replace(
-                shape, name=model.name, units=(), tied=False
-            )
-        truth = None if model else _truth(rows, shape)
-        records = [_record(row, shape, dtype, steps) for row in rows]
-        judge(records, truth, dtype)
-        rank(records)
-        results += records
+        results += _ranked(rows, shape, model, dtype, steps)
     return {
         "schema": BENCH_SCHEMA,
         "device": device,
@@ -201,6 +193,25 @@ def bench(
         },
         "results": results,
     }
+
+
+def _ranked(
+    rows: Sequence[Row],
+    shape: Shape,
+    model: Path | None,
+    dtype: str,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """The records of one shape, judged and ranked."""
+    if model:
+        shape = dataclasses.replace(
+            shape, name=model.name, units=(), tied=False
+        )
+    truth = None if model else _truth(rows, shape)
+    records = [_record(row, shape, dtype, steps) for row in rows]
+    judge(records, truth, dtype)
+    rank(records)
+    return records
 
 
 def _check_asked(

@@ -317,17 +317,10 @@ def _train_held(
         "corpus_sha256": data.sha256,
         "initial_weights_sha256": weights_sha256(model),
     }
-    begun = Progress()
     if resuming:
-        _check_same_text(folder, data)
-        if has_checkpoint:
-            begun = load_checkpoint(folder, model)
-        else:
-            _check_nothing_is_lost(folder)
-        folder.update_config(config)
-        if not folder.vocabulary.exists() and not devices.rank:
-            data.vocabulary.save(folder.vocabulary)  # the text is the same
+        begun = _go_on(folder, config, data, model if has_checkpoint else None)
     else:
+        begun = Progress()
         folder.create(config, data.vocabulary)
         devices.total(0)  # the others wait for it
     if not has_checkpoint:
@@ -348,19 +341,7 @@ def _train_held(
     )
     if settings["starts_from"] is not None and not has_checkpoint:
         keeper.keep_start(model)
-    if settings["softmax"] == "sampled":
-        logger.warning(
-            "The loss and perplexity of training are estimates, from a sample "
-            "of the words; those of valid and test are exact."
-        )
-    if keeper.early_end and len(begun.history) < plan.epochs:
-        logger.warning(
-            "%s has ended after %d of %d epochs, by %s.",
-            folder.path,
-            len(begun.history),
-            plan.epochs,
-            keeper.early_end,
-        )
+    _tell_what_is_unusual(keeper, settings)
     if keeper.has_ended:
         earlier = read_result(folder)
         if (earlier["status"], earlier["epochs"]) == (
@@ -384,6 +365,41 @@ def _train_held(
 
 
 # Before training -----------------------------------------------------------
+
+
+def _go_on(
+    folder: RunFolder,
+    config: dict[str, Any],
+    data: Corpus,
+    model: LanguageModel | None,
+) -> Progress:
+    """What a run has reached, read into the model; None has no checkpoint."""
+    _check_same_text(folder, data)
+    if model is None:
+        _check_nothing_is_lost(folder)
+        begun = Progress()
+    else:
+        begun = load_checkpoint(folder, model)
+    folder.update_config(config)
+    if not folder.vocabulary.exists() and not folder.devices.rank:
+        data.vocabulary.save(folder.vocabulary)  # the text is the same
+    return begun
+
+
+def _tell_what_is_unusual(keeper: Keeper, settings: dict[str, Any]) -> None:
+    if settings["softmax"] == "sampled":
+        logger.warning(
+            "The loss and perplexity of training are estimates, from a sample "
+            "of the words; those of valid and test are exact."
+        )
+    if keeper.early_end and len(keeper.history) < keeper.plan.epochs:
+        logger.warning(
+            "%s has ended after %d of %d epochs, by %s.",
+            keeper.folder.path,
+            len(keeper.history),
+            keeper.plan.epochs,
+            keeper.early_end,
+        )
 
 
 def _warn_of_unseen_gpu() -> None:
