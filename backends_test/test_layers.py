@@ -217,6 +217,26 @@ def test_masks_of_another_shape_are_refused(shape, x):
         LSTM(UNITS)(x, mask=np.ones(shape, bool))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.export
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="of PyTorch's operators"
+)
+def test_masked_layer_exports_without_operators_that_onnx_lacks(x):
+    import torch
+
+    ours, theirs = built(LSTM(UNITS)), built(keras.layers.LSTM(UNITS))
+    theirs.set_weights(ours.get_weights())
+    mask = torch.tensor(MASKS["holes"], dtype=torch.bool)
+    inputs = (torch.from_numpy(x), None, mask)
+    exported = torch.export.export(ours, inputs)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "aten.lstm.input" in names
+    for lacking in ("argsort", "take_along_dim"):
+        assert not any(name.startswith(f"aten.{lacking}") for name in names)
+    [out], [truth] = numpy(exported.module()(*inputs)), numpy(theirs(*inputs))
+    np.testing.assert_allclose(out, truth, **CLOSE)
+
+
 def test_mask_of_an_embedding_goes_through_to_the_loss(rng):
     ids = np.array([[1, 2, 0], [3, 0, 0]], np.int32)
     y = rng.standard_normal((2, 3, 2)).astype(np.float32)

@@ -91,6 +91,9 @@ def run_masked(
     recurrent_kernel: Any,
     bias: Any,
     mask: Any,
+    *,
+    argsort: Any = ops.argsort,
+    take_along_axis: Any = ops.take_along_axis,
 ) -> tuple[Any, Any, Any]:
     """Runs an LSTM that knows no mask so that any mask is kept.
 
@@ -108,6 +111,8 @@ def run_masked(
         recurrent_kernel: Likewise.
         bias: Likewise.
         mask: Likewise, and not None.
+        argsort: As that of `keras.ops`.
+        take_along_axis: Likewise.
 
     Returns:
         As `lstm`.
@@ -115,10 +120,10 @@ def run_masked(
     is_read = ops.cast(ops.cast(mask, "bool"), "int32")
     num_steps = ops.shape(x)[1]
     steps = ops.arange(num_steps, dtype="int32")
-    order = ops.argsort((1 - is_read) * num_steps + steps, axis=1)
+    order = argsort((1 - is_read) * num_steps + steps, axis=1)
     num_read = ops.cumsum(is_read, axis=1)  # (batch, time)
     is_left = (steps >= num_read[:, -1:])[..., None]
-    x = ops.take_along_axis(x, order[..., None], axis=1)
+    x = take_along_axis(x, order[..., None], axis=1)
     x = ops.concatenate(
         [ops.where(is_left, ops.zeros_like(x), x), ops.cast(is_left, x.dtype)],
         axis=-1,
@@ -130,7 +135,7 @@ def run_masked(
     y, _, c = unmasked(x, h0, c0, kernel, recurrent_kernel, bias)
     place = ops.maximum(num_read - 1, 0)[..., None]
     y = ops.where(
-        num_read[..., None] > 0, ops.take_along_axis(y, place, 1), h0[:, None]
+        num_read[..., None] > 0, take_along_axis(y, place, axis=1), h0[:, None]
     )
     return y, y[:, -1], c
 

@@ -70,7 +70,13 @@ def lstm(
     """As `reference.lstm`, by one call of PyTorch's own LSTM."""
     arguments = (x, h0, c0, kernel, recurrent_kernel, bias)
     if mask is not None:
-        return reference.run_masked(lstm, *arguments, mask)
+        return reference.run_masked(
+            lstm,
+            *arguments,
+            mask,
+            argsort=_argsort,
+            take_along_axis=_take_along_axis,
+        )
     y, [(h, c)] = lstm_stack(x, [(h0, c0)], [arguments[3:]])
     return y, h, c
 
@@ -133,6 +139,16 @@ def lstm_stack(
         batch_first=True,
     )
     return y, list(zip(h, c, strict=True))
+
+
+def _argsort(keys: Any, axis: int) -> Any:
+    # ONNX has a counterpart of this, none of `torch.argsort`.
+    return keys.sort(dim=axis).indices
+
+
+def _take_along_axis(x: Any, places: Any, axis: int) -> Any:
+    # Likewise, none of `torch.take_along_dim`.
+    return x.gather(axis, places.long().expand(-1, -1, x.shape[2]))
 
 
 def _is_for_triton(x: Any) -> bool:
