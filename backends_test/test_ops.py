@@ -20,6 +20,7 @@ from tiny_runs import float32_products
 
 from multilstm import ops
 from multilstm.devices import processor_name
+from multilstm.errors import UserError
 from multilstm.ops import evidence, reference
 
 sizes = st.integers(min_value=1, max_value=7)
@@ -707,6 +708,37 @@ def test_weights_in_float32_get_gradients_in_float32(rng, bfloat16_kernel):
         assert difference(gradient.numpy(), truth) < 0.01  # as above
 
 
+def check_second_derivatives_are_refused(function, *inputs):
+    """And that the first, which would be differentiated, is as without."""
+    import torch
+
+    for place in range(len(inputs)):  # whichever alone is trained
+        tensors = [tensor.detach() for tensor in inputs]
+        wanted = tensors[place].requires_grad_()
+        total = function(*tensors).float().sum()
+        [plain] = torch.autograd.grad(total, wanted, retain_graph=True)
+        [gradient] = torch.autograd.grad(total, wanted, create_graph=True)
+        assert torch.equal(gradient, plain)
+        penalty = gradient.float().square().sum()
+        with pytest.raises(UserError, match="no second derivatives"):
+            # The penalty is not all that these weights are trained for.
+            torch.autograd.grad(total + penalty, wanted)
+
+
+def test_second_derivative_in_bfloat16_on_a_cpu_is_refused(
+    rng, bfloat16_kernel
+):
+    import torch
+
+    tensors = [torch.tensor(a) for a in draw_arguments(rng, 4, 4, 3, 5)]
+    narrow = [tensor.bfloat16() for tensor in tensors[:3]]
+    for output in range(3):
+        check_second_derivatives_are_refused(
+            lambda *t, output=output: ops.lstm(*t)[output],
+            *(*narrow, *tensors[3:]),
+        )
+
+
 def test_small_steps_add_up_on_a_cpu_in_bfloat16(bfloat16_kernel):
     """A cell that gains 1/256 a step: in bfloat16 sums it would stop at 1."""
     import torch
@@ -1054,6 +1086,22 @@ def test_cross_entropy_in_bfloat16_is_near(rng, words_a_chunk):
     expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
     for gradient, truth in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, truth, **BFLOAT16)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's implementation")
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_second_derivative_of_the_cross_entropy_is_refused(rng, words_a_chunk):
+    import torch
+
+    projection, targets = draw_projection(rng, 6, 3, 11)
+    check_second_derivatives_are_refused(
+        lambda *tensors: ops.linear_cross_entropy(
+            *tensors,
+            torch.tensor(targets),
+            max_logits_bytes=4 * 6 * words_a_chunk,
+        ),
+        *(torch.tensor(array) for array in projection),
+    )
 
 
 def test_gradient_of_a_tied_kernel_is_that_of_its_table(rng):

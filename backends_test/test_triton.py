@@ -15,6 +15,7 @@ import pytest
 
 from multilstm import ops
 from multilstm.doctor import is_fast
+from multilstm.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     keras.config.backend() != "torch", reason="of PyTorch's implementation"
@@ -135,6 +136,28 @@ def test_gradients_of_the_states_may_come_column_by_column(triton_torch, rng):
     )
     for mine, same in zip(found, other, strict=True):
         np.testing.assert_array_equal(mine, same)
+
+
+def test_second_derivatives_are_refused(triton_torch, rng):
+    """And the first, which would be differentiated, is as without."""
+    import torch
+
+    device = "cuda" if ops.has_gpu() else "cpu"
+    arrays = arrays_of(rng, 3, 2, 5, 16)
+    for place in range(len(arrays)):  # whichever alone is trained
+        tensors = [
+            torch.tensor(array, device=device, dtype=torch.float32)
+            for array in arrays
+        ]
+        wanted = tensors[place].requires_grad_()
+        y, _, c = triton_torch.lstm(*tensors)
+        total = y.sum() + c.sum()
+        [plain] = torch.autograd.grad(total, wanted, retain_graph=True)
+        [gradient] = torch.autograd.grad(total, wanted, create_graph=True)
+        assert torch.equal(gradient, plain)
+        with pytest.raises(UserError, match="no second derivatives"):
+            # The penalty is not all that these weights are trained for.
+            torch.autograd.grad(total + gradient.square().sum(), wanted)
 
 
 @pytest.mark.parametrize(

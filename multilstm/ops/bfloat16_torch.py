@@ -4,11 +4,13 @@
 when less than a 256th of it is added.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from multilstm.errors import UserError
 from multilstm.ops.evidence import note_kernel
 
 # ATen's words for one layer in one direction, time before batch.
@@ -21,6 +23,10 @@ _FORM: dict[str, Any] = {
     "bidirectional": False,
     "batch_first": False,
 }
+LSTM_ONCE = (
+    "This LSTM's kernel has no second derivatives; one was asked for. Use "
+    "keras.layers.LSTM(use_cudnn=False) where a loss has gradients in it."
+)
 # oneDNN adds to the gradient of the matrices at every time step, which is
 # slow once that does not stay in a cache. Measured on two cores of an EPYC of
 # Zen 5 (benchmarks/bfloat16_lstm.py): 800 units are faster by oneDNN, 1,150
@@ -73,6 +79,50 @@ def _prepare(
     return tuple(tensor.detach().contiguous() for tensor in wanted)
 
 
+def once_differentiable(told: str) -> Callable[[Any], Any]:
+    """Makes a `backward` whose gradients have none, and say so.
+
+    PyTorch's decorator of that name tells it only where the gradient from
+    above needs one. After a sum it does not, and what was differentiated twice
+    would count nothing.
+
+    Args:
+        told: What a `UserError` says where a second derivative is asked for.
+
+    Returns:
+        A decorator of `backward(ctx, saved, *gradients)`, where `saved` is
+        `ctx.saved_tensors`, which may be read but once. Among them is an
+        input or an output, through which the error is reached.
+    """
+
+    def decorate(backward: Any) -> Any:
+        @wraps(backward)
+        def wrapper(ctx: Any, *gradients: Any) -> Any:
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                results = backward(ctx, saved, *gradients)
+            if not torch.is_grad_enabled():  # without create_graph=True
+                return results
+            return _Once.apply(told, results, *saved, *gradients)
+
+        return wrapper
+
+    return decorate
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, from what a second derivative would go to."""
+
+    @staticmethod
+    def forward(ctx: Any, told: str, results: Any, *origins: Any) -> Any:
+        ctx.told = told
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise UserError(ctx.told)
+
+
 class _OneDNN(torch.autograd.Function):
     """The operation under `torch.lstm`, which takes a cell state in float32.
 
@@ -94,9 +144,11 @@ class _OneDNN(torch.autograd.Function):
         return y, h[0], c[0]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
-        *inputs_and_outputs, workspace = ctx.saved_tensors
+    @once_differentiable(LSTM_ONCE)
+    def backward(
+        ctx: Any, saved: Any, dy: Any, dh: Any, dc: Any
+    ) -> tuple[Any, ...]:
+        *inputs_and_outputs, workspace = saved
         dx, d_kernel, d_recurrent, d_bias, _, dh0, dc0 = (
             torch.ops.aten.mkldnn_rnn_layer_backward.default(
                 *inputs_and_outputs,
@@ -134,13 +186,16 @@ class _Loop(torch.autograd.Function):
             o.sigmoid_()
             torch.mul(f, c[step], out=c[step + 1]).addcmul_(i, g)
             y[step + 1] = torch.tanh(c[step + 1]).mul_(o)
-        ctx.save_for_backward(x, kernel, recurrent, gates, y, c)
-        return y[1:], y[-1], c[-1]
+        outputs = y[1:]  # saved too: the others lead to no input
+        ctx.save_for_backward(x, kernel, recurrent, gates, y, c, outputs)
+        return outputs, y[-1], c[-1]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Any, dh: Any, dc: Any) -> tuple[Any, ...]:
-        x, kernel, recurrent, gates, y, c = ctx.saved_tensors
+    @once_differentiable(LSTM_ONCE)
+    def backward(
+        ctx: Any, saved: Any, dy: Any, dh: Any, dc: Any
+    ) -> tuple[Any, ...]:
+        x, kernel, recurrent, gates, y, c, _ = saved
         i, f, g, o = gates.chunk(4, 2)
         tanh_c = torch.tanh(c[1:])
         # By how much a gate's sum changes the cell state or the output, and

@@ -11,11 +11,11 @@ from typing import Any
 
 import keras
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilstm.errors import UserError
 from multilstm.ops import bfloat16_torch, reference
+from multilstm.ops.bfloat16_torch import once_differentiable
 from multilstm.ops.evidence import explain_once, note_kernel
 
 # By default Triton's LSTM is for steps that are recorded, where it is faster;
@@ -52,6 +52,10 @@ _FUSED = {
 # for a second one, and of how many layers the weights are.
 _SECOND_BIAS = "_multilstm_second_bias"
 _LAYERS_IN_BLOCK = "_multilstm_layers_in_block"
+_CROSS_ENTROPY_ONCE = (
+    "This cross-entropy has no second derivatives; one was asked for. Compute "
+    "the logits and give them to keras.losses where a loss has gradients in it."
+)
 _observed: dict[tuple[Any, ...], str] = {}
 
 # Since PyTorch 2.7.
@@ -148,7 +152,8 @@ def _argsort(keys: Any, axis: int) -> Any:
 
 def _take_along_axis(x: Any, places: Any, axis: int) -> Any:
     # Likewise, none of `torch.take_along_dim`.
-    return x.gather(axis, places.long().expand(-1, -1, x.shape[2]))
+    places = places.long().expand(x.shape[0], -1, x.shape[2])
+    return x.gather(axis, places)
 
 
 def _is_for_triton(x: Any) -> bool:
@@ -445,9 +450,9 @@ class _CrossEntropy(torch.autograd.Function):
         return (log_total - chosen)[:, 0]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Any) -> tuple[Any, ...]:
-        features, kernel, bias, targets, exponentials, total = ctx.saved_tensors
+    @once_differentiable(_CROSS_ENTROPY_ONCE)
+    def backward(ctx: Any, saved: Any, upstream: Any) -> tuple[Any, ...]:
+        features, kernel, bias, targets, exponentials, total = saved
         upstream = upstream[:, None]
         if exponentials is not None:
             upstream = upstream / total

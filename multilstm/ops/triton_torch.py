@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from multilstm.ops.bfloat16_torch import LSTM_ONCE, once_differentiable
 from multilstm.ops.evidence import note_kernel
 
 # Where no GPU says it: shared memory of those with the least, and so few
@@ -176,15 +176,16 @@ class _Recurrence(torch.autograd.Function):
                     UNITS=blocks.units,
                     **options,
                 )
-        ctx.save_for_backward(gates, h, c, kernel)
+        y = h[1:]  # saved too: the kernel may need no gradient
+        ctx.save_for_backward(gates, h, c, kernel, y)
         ctx.blocks = blocks
         ctx.set_materialize_grads(False)
-        return h[1:], c[-1]
+        return y, c[-1]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Any, dc: Any) -> tuple[Any, ...]:
-        gates, h, c, kernel = ctx.saved_tensors
+    @once_differentiable(LSTM_ONCE)
+    def backward(ctx: Any, saved: Any, dy: Any, dc: Any) -> tuple[Any, ...]:
+        gates, h, c, kernel, _ = saved
         time, batch, _, units = gates.shape
         dy = torch.zeros_like(h[1:]) if dy is None else dy.contiguous()
         if dc is None:
