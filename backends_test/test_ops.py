@@ -750,6 +750,17 @@ def test_small_steps_add_up_on_a_cpu_in_bfloat16(bfloat16_kernel):
     np.testing.assert_allclose(c.float().numpy(), 600 / 256, rtol=1e-2)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="others look themselves")
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (4, 6)], ids=str)
+@pytest.mark.parametrize("which", [1, 2])
+def test_states_of_another_shape_are_refused(which, shape, rng):
+    """PyTorch's kernel would read what lies behind them."""
+    arrays = draw_arguments(rng, 4, 4, 3, 5)
+    arrays[which] = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match=r"must have the shape \(4, 5\)"):
+        ops.lstm(*map(keras.ops.convert_to_tensor, arrays))
+
+
 # Dropout ----------------------------------------------------------------------
 
 

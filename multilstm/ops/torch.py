@@ -95,7 +95,18 @@ def lstm_stack(
     Of what comes in bfloat16 the cell state is in float32: in bfloat16, as
     `torch.lstm` would keep it, it stays where it is when less than a 256th of
     it is added. Where oneDNN's kernel does not give that, all is in float32.
+
+    Raises:
+        UserError: For states of another shape, which oneDNN would read.
     """
+    for state, (_, recurrent, _) in zip(states, weights, strict=True):
+        wanted = (x.shape[0], recurrent.shape[0])
+        if any(part.shape != wanted for part in state):
+            raise UserError(
+                f"The states of an LSTM must have the shape {(*wanted,)}, a "
+                "row for each of the batch; received "
+                f"{' and '.join(str(tuple(part.shape)) for part in state)}."
+            )
     if bfloat16_torch.is_fast(x):
         for layer in weights:
             _store_transposed(list(layer))
