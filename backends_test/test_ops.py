@@ -390,6 +390,53 @@ def test_what_masked_steps_hold_does_not_matter(rng):
         np.testing.assert_array_equal(output, truth)
 
 
+SOME_IDS = np.array([0, 3, 2, 1], np.int32)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="others compile no plain call")
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (ops.lstm, [(2, 3, 4), (2, 5), (2, 5), (4, 20), (5, 20), (20,)]),
+        (
+            lambda *floats: ops.linear_cross_entropy(
+                *floats, SOME_IDS, max_logits_bytes=4 * 4 * 6
+            ),
+            [(4, 3), (3, 11), (11,)],
+        ),
+        (
+            lambda *floats: ops.cross_entropy_of_some(
+                *floats, SOME_IDS, SOME_IDS > 1
+            ),
+            [(4, 3), (3, 2), (2, 11)],
+        ),
+    ],
+    ids=["lstm", "cross-entropy in chunks", "cross-entropy of some"],
+)
+def test_a_second_call_compiles_nothing_anew(
+    function, shapes, with_gradients, rng, caplog
+):
+    import jax
+
+    floats = [jax.numpy.asarray(rng.normal(size=shape)) for shape in shapes]
+
+    def call():
+        if not with_gradients:
+            return function(*floats)
+        outputs, back = jax.vjp(lambda *floats: function(*floats), *floats)
+        return back(outputs)
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        first = call()
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        second = call()
+    assert "Compiling" not in caplog.text
+    # The same program.
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
 # cuDNN, as far as it can be tested without a GPU ------------------------------
 
 

@@ -28,6 +28,11 @@ _float32 = jnp.float32
 # weights, and a block that is not full is computed in whole.
 _LEAST_BLOCK, _MOST_BLOCKS = 16, 8
 
+# For what has a loop in it. Outside of a compiled step JAX would compile that
+# anew in every call, in which the loop's body is a new function. Within a step
+# nothing changes: it is inlined.
+_compiled = partial(jax.jit, inline=True)
+
 
 def lstm(
     x: Any,
@@ -159,6 +164,7 @@ def _lstm(
     return outputs
 
 
+@_compiled
 def _lstm_forward(
     x: Any, h0: Any, c0: Any, kernel: Any, recurrent: Any, bias: Any
 ) -> tuple[Any, Any]:
@@ -181,6 +187,7 @@ def _lstm_forward(
     return outputs, (x, h0, c0, kernel, recurrent, bias, hs, cs, gates)
 
 
+@_compiled
 def _lstm_backward(residuals: Any, upstream: Any) -> tuple[Any, ...]:
     x, h0, c0, kernel, recurrent, bias, hs, cs, gates = residuals
     dy, dh, dc = upstream
@@ -263,6 +270,7 @@ def _cross_entropy(
     return _cross_entropy_forward(features, kernel, bias, targets, size)[0]
 
 
+@partial(_compiled, static_argnums=4)
 def _cross_entropy_forward(
     features: Any, kernel: Any, bias: Any, targets: Any, size: int
 ) -> tuple[Any, Any]:
@@ -297,6 +305,7 @@ def _cross_entropy_forward(
     return log_total - chosen, (features, kernel, bias, targets, *kept)
 
 
+@partial(_compiled, static_argnums=0)
 def _cross_entropy_backward(
     size: int, residuals: Any, upstream: Any
 ) -> tuple[Any, ...]:
@@ -372,6 +381,7 @@ def cross_entropy_of_some(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(_compiled, static_argnums=5)
 def _cross_entropy_of_first(
     features: Any,
     down: Any,
@@ -397,6 +407,7 @@ def _cross_entropy_of_first_forward(*arguments: Any) -> tuple[Any, Any]:
     return _cross_entropy_of_first(*arguments), arguments[:5]
 
 
+@partial(_compiled, static_argnums=0)
 def _cross_entropy_of_first_backward(
     size: int, residuals: Any, upstream: Any
 ) -> tuple[Any, ...]:
