@@ -261,6 +261,46 @@ def test_mask_of_an_embedding_goes_through_to_the_loss(rng):
     assert abs(models[0].evaluate(ids, padded, verbose=0) - ours) < 1e-6
 
 
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="its converter takes models on TensorFlow",
+)
+# It moves to a package of its own.
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize(
+    ("rows", "time", "return_sequences"),
+    [(1, TIME, False), (1, TIME, True), (BATCH, None, True)],
+    ids=["row", "sequence", "batch of any length"],
+)
+def test_what_tensorflow_lite_makes_of_it_gives_keras_outputs(
+    rows, time, return_sequences, x
+):
+    import tensorflow as tf
+
+    def model_of(kind):
+        return keras.Sequential(
+            [
+                keras.Input((time, FEATURES), batch_size=rows),
+                kind(UNITS, return_sequences=return_sequences),
+                keras.layers.Dense(1),
+            ]
+        )
+
+    x = x[:rows]
+    ours, theirs = model_of(LSTM), model_of(keras.layers.LSTM)
+    ours.set_weights(theirs.get_weights())
+    converted = tf.lite.TFLiteConverter.from_keras_model(ours).convert()
+    interpreter = tf.lite.Interpreter(model_content=converted)
+    [given] = interpreter.get_input_details()
+    [output] = interpreter.get_output_details()
+    interpreter.resize_tensor_input(given["index"], x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], x)
+    interpreter.invoke()
+    got = interpreter.get_tensor(output["index"])
+    np.testing.assert_allclose(got, numpy(theirs(x))[0], **CLOSE)
+
+
 def test_bidirectional_wraps_it_as_keras_lstm(x, tmp_path):
     models = [
         keras.Sequential(

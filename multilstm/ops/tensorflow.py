@@ -254,8 +254,11 @@ def _forward(
         return t + 1, h, c, *written
 
     c0 = tf.cast(c0, wide)
+    rows, (units, width) = h0.shape[0], recurrent.shape
+    # TensorFlow Lite takes elements whose shape it is not told for others.
     arrays = (
-        tf.TensorArray(dtype, num_steps) for dtype in (h0.dtype, wide, h0.dtype)
+        tf.TensorArray(dtype, num_steps, element_shape=(rows, size))
+        for dtype, size in ((h0.dtype, units), (wide, units), (h0.dtype, width))
     )
     _, _, _, *arrays = tf.while_loop(
         lambda t, *_: t < num_steps, step, (0, h0, c0, *arrays)
@@ -306,7 +309,9 @@ def _backward(
             num_steps - 1,
             tf.cast(dh, wide),
             tf.cast(dc, wide),
-            tf.TensorArray(gates.dtype, num_steps),
+            tf.TensorArray(
+                gates.dtype, num_steps, element_shape=gates.shape[1:]
+            ),
         ),
     )
     return array.stack(), tf.cast(dh0, dh.dtype), tf.cast(dc0, dc.dtype)
