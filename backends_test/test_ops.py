@@ -358,16 +358,17 @@ def test_kernel_that_ran_is_named_after_it_ran(rng, monkeypatch):
     assert ops.last_kernel() is None
     arguments = draw_arguments(rng, 2, 3, 4, 5)
     run(ops.lstm, arguments, traced=True)
-    assert (
-        ops.last_kernel()
-        == {
-            "jax": "jax: scan",
-            "torch": "torch: onednn",
-            "tensorflow": "tensorflow: loop",
-        }[BACKEND]
-    )
-    run(reference.lstm, arguments)
-    assert ops.last_kernel() == "reference: scan"
+    fastest = {
+        "jax": "jax: scan",
+        "torch": "torch: onednn",
+        "tensorflow": "tensorflow: loop",
+    }[BACKEND]
+    assert ops.last_kernel() == fastest
+    for _ in range(2):  # at first compiled, where a backend does
+        run(reference.lstm, arguments)
+        assert ops.last_kernel() == "reference: scan"
+        run(ops.lstm, arguments)
+        assert ops.last_kernel() == fastest
 
 
 @pytest.mark.parametrize("mask", [RIGHT_PADDED, WITH_HOLES])

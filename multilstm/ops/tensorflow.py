@@ -255,7 +255,7 @@ def _forward(
 
     c0 = tf.cast(c0, wide)
     rows, (units, width) = h0.shape[0], recurrent.shape
-    # TensorFlow Lite takes elements whose shape it is not told for others.
+    # TensorFlow Lite guesses shapes that it is not told, in silence.
     arrays = (
         tf.TensorArray(dtype, num_steps, element_shape=(rows, size))
         for dtype, size in ((h0.dtype, units), (wide, units), (h0.dtype, width))
