@@ -413,7 +413,7 @@ def test_run_is_trained_gone_on_with_evaluated_and_read(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"softmax": "full"}, "exact, sampled, adaptive; received 'full'"),
+        ({"softmax": "full"}, "exact, adaptive, sampled; received 'full'"),
         ({"cutoffs": [5]}, "`cutoffs` needs softmax='adaptive'; received"),
         ({"num_sampled": 5}, "`num_sampled` needs softmax='sampled'"),
         ({"softmax": "sampled", "num_sampled": 0}, "at least 1.*received 0"),
