@@ -59,6 +59,17 @@ def test_peak_memory_is_that_of_this_process_alone():
     assert devices.memory_mb() < most - 90
 
 
+def test_memory_is_told_where_the_system_tells_little(monkeypatch, tmp_path):
+    """As a sandbox such as gVisor does, or another system."""
+    here = devices.memory_mb()
+    for text in ("VmRSS:\t2000 kB\n", ""):
+        status = tmp_path / "status"
+        status.write_text(text)
+        monkeypatch.setattr(devices, "_STATUS", status)
+        assert devices.peak_memory_mb() > here / 2
+    assert devices.memory_mb() > here / 2
+
+
 @pytest.mark.parametrize(
     ("driver", "advised"),
     [

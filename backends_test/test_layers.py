@@ -209,6 +209,43 @@ def test_a_state_or_a_mask_of_one_row_is_that_of_all(x, rng):
         np.testing.assert_array_equal(numpy(out), truth)
 
 
+def test_a_row_for_all_is_one_for_batches_of_any_size(rng):
+    """TensorFlow does not know their size where the last one is smaller."""
+    state, mask = np.ones((1, UNITS), np.float32), np.ones((1, TIME), bool)
+    mask[0, 1] = False
+
+    class FromOneState(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lstm = LSTM(UNITS)
+
+        def call(self, x):
+            return self.lstm(x, initial_state=[state, state], mask=mask)
+
+    model = FromOneState()
+    x = rng.standard_normal((5, TIME, FEATURES)).astype(np.float32)
+    out = model.predict(x, batch_size=2, verbose=0)
+    np.testing.assert_allclose(out, *numpy(model(x)), **CLOSE)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="others know all ranks"
+)
+def test_states_and_masks_of_no_known_rank_are_taken(x, rng):
+    import tensorflow as tf
+
+    layer = built(LSTM(UNITS))
+    state = rng.standard_normal((BATCH, UNITS)).astype(np.float32)
+
+    @tf.function
+    def run(x):
+        h = tf.numpy_function(lambda: state, [], tf.float32)
+        return layer(x, initial_state=[h, h])
+
+    [truth] = numpy(layer(x, initial_state=[state, state]))
+    np.testing.assert_allclose(run(x).numpy(), truth, **CLOSE)
+
+
 @pytest.mark.parametrize(
     "shape", [(BATCH, TIME - 1), (BATCH + 1, TIME), (BATCH, TIME, 2)], ids=str
 )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -351,9 +352,14 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+)
 def test_a_stopped_comparison_lets_its_run_save_what_it_has(number, tmp_path):
-    """Where the signal comes to the one process alone, too."""
+    """Where the signal comes to the one process alone, too.
+
+    The end of a terminal tells it to stop, as SIGTERM does.
+    """
     python = script(tmp_path, "python", SAVES_AND_STOPS)
     run = tmp_path / "out" / "jax"
     command = [sys.executable, "-m", "multilstm", "compare"]
@@ -369,8 +375,17 @@ def test_a_stopped_comparison_lets_its_run_save_what_it_has(number, tmp_path):
     _, err = comparison.communicate(timeout=50)
     assert comparison.returncode == 1
     assert err.splitlines()[-1] == "error: interrupted"
-    assert (run / "saved").read_text() == str(int(number))
+    heard = signal.SIGTERM if number == signal.SIGHUP else number
+    assert (run / "saved").read_text() == str(int(heard))
     assert not (run.parent / "torch").exists()
+
+
+def test_backends_are_compared_in_a_thread(pretend, tmp_path):
+    """Where Python lets no signals be heard."""
+    python = pretend("python", json.dumps(record(120)))
+    with ThreadPoolExecutor() as threads:
+        done = threads.submit(compare, {"jax": python}, [], out=tmp_path)
+        assert done.result()["results"] == {"jax": record(120)}
 
 
 def test_largest_difference_is_that_worked_by_hand():

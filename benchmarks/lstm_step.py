@@ -352,7 +352,9 @@ def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
                 raise WorkerError("it sees no GPU, which --require-gpu asks")
         except WorkerError as failure:
             absent[backend] = str(failure)
-            del workers[backend]
+            worker = workers.pop(backend)
+            if isinstance(worker, WorkerProcess):
+                worker.close()  # or it would keep a GPU's memory
         else:
             about[backend] = answer
     reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
@@ -414,7 +416,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=positive, default=16, help="steps in a window")
     add("--precision", choices=LOSS_TOLERANCE, default="float32")
     add("--memory", action="store_true", help="measure peak memory too")
-    add("--require-gpu", action="store_true", help="fail without a GPU")
+    add("--require-gpu", action="store_true", help="leave out what sees no GPU")
     add("--out", type=Path, metavar="FILE.json")
     add("--markdown", type=Path, nargs="+", metavar="FILE.json")
     for size in ("embedding-dim", "batch-size", "sequence-length"):

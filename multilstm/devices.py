@@ -75,8 +75,9 @@ def usual_precision() -> Dtype:
 
 def memory_mb() -> float:
     """The resident memory of this process, in MB."""
-    if _STATUS.exists():
-        return _of_status("VmRSS")
+    told = _of_status("VmRSS")
+    if told is not None:
+        return told
     import psutil
 
     return round(psutil.Process().memory_info().rss / 1e6, 1)
@@ -85,23 +86,27 @@ def memory_mb() -> float:
 def peak_memory_mb() -> float:
     """The most that it had so far.
 
-    On Linux `getrusage` would count in that of the process that started it.
+    On Linux `getrusage` counts in that of the process that started it.
     """
-    if _STATUS.exists():
-        return _of_status("VmHWM")
+    told = _of_status("VmHWM")
+    if told is not None:
+        return told
     if sys.platform == "win32":
         import psutil
 
         return round(psutil.Process().memory_info().peak_wset / 1e6, 1)
     import resource
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * unit / 1e6, 1)
 
 
-def _of_status(field: str) -> float:
-    """A line of `/proc/self/status`, in MB."""
-    kibibytes = _STATUS.read_text().split(f"{field}:")[1].split()[0]
-    return round(int(kibibytes) * 1.024e-3, 1)
+def _of_status(field: str) -> float | None:
+    """A line of `/proc/self/status`, in MB; sandboxes have not all of them."""
+    text = _STATUS.read_text() if _STATUS.exists() else ""
+    _, _, rest = text.partition(f"{field}:")
+    return round(int(rest.split()[0]) * 1.024e-3, 1) if rest else None
 
 
 def gpu_memory() -> int | None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from multilstm.errors import UserError
 _LAUNCHER = "MULTILSTM_LAUNCHER"
 _TOLD = "MULTILSTM_TOLD"  # a folder with a file for each line that was told
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # which Windows has not
+_HANGUP = getattr(signal, "SIGHUP", None)  # nor this
+_PASSED_ON = [n for n in (signal.SIGINT, signal.SIGTERM, _HANGUP) if n]
 _MOST_DEVICES = 64  # of one machine; `torchrun` starts several machines
 
 
@@ -157,22 +160,31 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 class Processes:
     """Processes that get the Ctrl-C and SIGTERM that come to this one.
 
-    Within the block; those that still run at its end are killed.
+    Within the block; those that still run at its end are killed. The end of a
+    terminal is SIGTERM to them.
+
+    Args:
+        with_groups: Whether signals go to all that a process has started:
+            where it may be the wrapper of what is meant.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_groups: bool = False) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
         self.passed_on: set[int] = set()
+        self.with_groups = with_groups and os.name != "nt"  # which has none
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Processes":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._pass_on)
+        for number in _PASSED_ON:
+            if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # as `nohup` wants it
+            with suppress(ValueError):  # not in the main thread
+                self._before[number] = signal.signal(number, self._pass_on)
         return self
 
     def __exit__(self, *raised: object) -> None:
         for process in self.running:
-            _send(process, _KILL)
+            self._send(process, _KILL)
             process.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -191,22 +203,23 @@ class Processes:
         )
         self.running.append(process)
         for number in [*self.passed_on]:  # while it was started
-            _send(process, number)
+            self._send(process, number)
 
     def _pass_on(self, number: int, frame: object) -> None:
+        number = signal.SIGTERM if number == _HANGUP else number
         self.passed_on.add(number)
         for process in self.running:
-            _send(process, number)
+            self._send(process, number)
 
-
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
-    """To a process and, where it is the wrapper of one, to that too."""
-    if process.poll() is not None:
-        return
-    if os.name == "nt":  # which has no groups
-        process.send_signal(number)
-    else:
-        os.killpg(process.pid, number)
+    def _send(self, process: subprocess.Popen[bytes], number: int) -> None:
+        if os.name == "nt" and number == signal.SIGINT:
+            return  # Windows tells all processes of a console
+        if not self.with_groups:
+            process.send_signal(number)
+        elif process.poll() is None:
+            # It may end just now, which macOS tells as a missing right.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
 
 
 def _wait(

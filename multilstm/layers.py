@@ -548,7 +548,7 @@ def _of_each_row(states: list[Any], sequences: Any, units: int) -> State:
     What has another shape is refused here: not every kernel looks.
     """
     rows = sequences.shape[0]  # None where it is not known yet
-    shapes = [tuple(state.shape) for state in states]
+    shapes = [_shape_of(state) for state in states]
     if len(states) != 2 or not all(
         _may_be(shape, (rows, units)) or _may_be(shape, (1, units))
         for shape in shapes
@@ -559,8 +559,8 @@ def _of_each_row(states: list[Any], sequences: Any, units: int) -> State:
             f"{', '.join(map(str, shapes))}. Give a state for each row."
         )
     h, c = (
-        ops.broadcast_to(state, (rows, units))
-        if rows and shape[0] == 1
+        ops.broadcast_to(state, (ops.shape(sequences)[0], units))
+        if shape[0] == 1 != rows
         else state
         for state, shape in zip(states, shapes, strict=True)
     )
@@ -570,18 +570,25 @@ def _of_each_row(states: list[Any], sequences: Any, units: int) -> State:
 def _of_each_step(mask: Any, sequences: Any) -> Any:
     """A mask of shape `(batch, time)`, from `(batch, time, 1)` if need be."""
     mask = ops.convert_to_tensor(mask)
-    if len(mask.shape) == 3 and mask.shape[2] == 1:
+    if _shape_of(mask)[2:] == (1,):
         mask = ops.squeeze(mask, 2)
     rows, steps = sequences.shape[:2]
-    shape = tuple(mask.shape)
+    shape = _shape_of(mask)
     if not (_may_be(shape, (rows, steps)) or _may_be(shape, (1, steps))):
         raise UserError(
             "`mask` must have the shape (batch, time) of its sequences, "
             f"{(rows, steps)}; received {shape}."
         )
-    if rows and shape[0] == 1:
-        mask = ops.broadcast_to(mask, (rows, shape[1]))
+    if shape[0] == 1 != rows:
+        mask = ops.broadcast_to(mask, ops.shape(sequences)[:2])
     return mask
+
+
+def _shape_of(tensor: Any) -> tuple[int | None, ...]:
+    """Its shape, of a matrix where TensorFlow knows none."""
+    if getattr(tensor.shape, "rank", 0) is None:
+        return None, None
+    return tuple(tensor.shape)
 
 
 def _may_be(

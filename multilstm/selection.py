@@ -355,18 +355,21 @@ def compare(
 
 def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
     """Runs a command; the record that it wrote, or why there is none."""
-    try:
-        with Processes() as processes:
+    with Processes(with_groups=True) as processes:
+        try:
             processes.start(command)
-            status = processes.running[0].wait()
-        if processes.passed_on:  # it has saved what it had
-            raise KeyboardInterrupt
-        if status != 0:
-            return {"error": f"ended with status {status}"}
+        except OSError as error:
+            return {"error": str(error)}
+        status = processes.running[0].wait()
+    if processes.passed_on:
+        raise KeyboardInterrupt
+    if status != 0:
+        return {"error": f"ended with status {status}"}
+    try:
         record: dict[str, Any] = read_or_explain(
             result, lambda: json.loads(result.read_bytes())
         )
-    except (OSError, UserError) as error:
+    except UserError as error:
         return {"error": str(error)}
     return record
 
