@@ -35,7 +35,9 @@ def test_doctor_tries_the_kernel_that_really_runs(tmp_path):
     assert "gradients within " in told
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS tells no other")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="others tell the system's peak"
+)
 def test_peak_memory_is_that_of_this_process_alone():
     """Not of the one that started it, which the system counts in."""
     code = "from multilstm.devices import peak_memory_mb as p; print(p())"

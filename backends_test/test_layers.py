@@ -231,7 +231,7 @@ def test_a_row_for_all_is_one_for_batches_of_any_size(rng):
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow", reason="others know all ranks"
 )
-def test_states_and_masks_of_no_known_rank_are_taken(x, rng):
+def test_states_of_no_known_rank_are_taken(x, rng):
     import tensorflow as tf
 
     layer = built(LSTM(UNITS))

@@ -18,7 +18,7 @@ import numpy as np
 
 from multilstm import devices
 from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.presets import Preset, find_preset
 from multilstm.ranking import (
     LOSS_TOLERANCE,
@@ -125,11 +125,8 @@ def bench(
         ("rounds", rounds),
         ("steps", steps),
     ):
-        if number is not None and not (isinstance(number, int) and number > 0):
-            raise UserError(
-                f"`{name}` must be a whole number, 1 or more; received "
-                f"{number}."
-            )
+        if number is not None:
+            check_whole(name, number, 1)
     ways: tuple[str, ...] = ("as_it_is", "accelerated") if model else ("ours",)
     if peers:
         ways += PEERS

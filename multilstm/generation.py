@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import keras
@@ -11,7 +10,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.evaluation import build_for_reading
 from multilstm.vocabulary import END_OF_SENTENCE, Vocabulary
 
@@ -226,11 +225,7 @@ def _check_range(
         ("top_k", 1 if top_k is None else top_k, 1),
         ("seed", seed, 0),
     ):
-        if not (isinstance(number, Integral) and number >= least):
-            raise UserError(
-                f"`{name}` must be a whole number, {least} or more; received "
-                f"{number}."
-            )
+        check_whole(name, number, least)
     if not 0 <= temperature < math.inf:
         raise UserError(
             f"`temperature` must be finite, 0 or more; received {temperature}."

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.fitting import TextModel
 from multilstm.initializers import Draws, Initialization
 from multilstm.layers import (
@@ -564,21 +564,13 @@ class LanguageModel(TextModel):
 def _units_of_layers(units: Any, num_layers: Any) -> list[int]:
     """The units of each layer, of which all have as many or each its own."""
     if np.ndim(units) == 0:
-        _check_whole("num_layers", num_layers, 1)
+        check_whole("num_layers", num_layers, 1)
         units = [units] * num_layers
     if not len(units):
         raise UserError("`units` must have one layer or more; it has none.")
     for size in units:
-        _check_whole("units", size, 1)
+        check_whole("units", size, 1)
     return [int(size) for size in units]
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int | np.integer) or value < least:
-        raise UserError(
-            f"`{name}` must be a whole number, {least} or more; received "
-            f"{value!r}."
-        )
 
 
 def _differ(left: Any, right: Any) -> bool:
@@ -601,7 +593,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("embedding_dim", 1),
         ("seed", 0),
     ):
-        _check_whole(name, settings[name], least)
+        check_whole(name, settings[name], least)
     for name, value in settings.items():
         if name.endswith("_dropout") and name != "locked_dropout":
             if not 0 <= value < 1:
