@@ -1126,6 +1126,54 @@ def test_gradient_of_many_words_fits_float16(rng):
         np.testing.assert_allclose(half, single, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch has two libraries")
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_is_right_by_mkl_and_by_onednn(
+    rng, monkeypatch, dtype, tied, words_a_chunk
+):
+    """Which of the two multiplies depends on who made the processor."""
+    from multilstm.ops import torch as torch_ops
+
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+    upstream = rng.standard_normal(6).astype(np.float32)
+    stored = kernel.T.copy() if tied else kernel
+
+    def nll(features, stored, bias, targets):
+        kernel = stored.T if tied else stored
+        return ops.linear_cross_entropy(
+            features,
+            kernel,
+            bias,
+            targets,
+            max_logits_bytes=4 * 6 * words_a_chunk,
+        )
+
+    exact = [a.astype(float) for a in (features, kernel, bias)]
+    truth = oracles.linear_cross_entropy(*exact, targets)
+    truths = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
+    near = FLOAT32 if dtype == "float32" else BFLOAT16
+    for mkl_is_faster in (True, False):
+        monkeypatch.setattr(torch_ops, "_MKL_IS_FASTER", mkl_is_faster)
+        with torch_ops._Watch() as watch:
+            [got], (d_features, d_stored, d_bias) = run(
+                nll, [features, stored, bias, targets], [upstream], dtype=dtype
+            )
+        # In bfloat16 only the gradient of what is tied is PyTorch's product,
+        # or all where the processor has none of it.
+        if mkl_is_faster and tied:
+            assert "mm" in watch.names
+        elif dtype == "float32":
+            assert ("mm" in watch.names) == mkl_is_faster
+        d_kernel = d_stored.T if tied else d_stored
+        np.testing.assert_allclose(got, truth, **near)
+        for gradient, expected in zip(
+            (d_features, d_kernel, d_bias), truths, strict=True
+        ):
+            np.testing.assert_allclose(gradient, expected, **near)
+
+
 @pytest.mark.parametrize("words_a_chunk", [11, 4])
 def test_cross_entropy_in_bfloat16_is_near(rng, words_a_chunk):
     (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)

@@ -13,6 +13,7 @@ import keras
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from multilstm.devices import processor_name
 from multilstm.errors import UserError
 from multilstm.ops import bfloat16_torch, reference
 from multilstm.ops.bfloat16_torch import once_differentiable
@@ -55,6 +56,12 @@ _LAYERS_IN_BLOCK = "_multilstm_layers_in_block"
 _CROSS_ENTROPY_ONCE = (
     "This cross-entropy has no second derivatives; one was asked for. Compute "
     "the logits and give them to keras.losses where a loss has gradients in it."
+)
+# By MKL PyTorch multiplies, and MKL is Intel's. On an AMD processor it reaches
+# half the speed of oneDNN, which is in PyTorch too; on Intel's own it is a
+# tenth ahead, and twice as fast where oneDNN transposes a large matrix first.
+_MKL_IS_FASTER = (
+    torch.backends.mkl.is_available() and "intel" in processor_name().lower()
 )
 _observed: dict[tuple[Any, ...], str] = {}
 
@@ -507,25 +514,23 @@ def _places(targets: Any, first: int, width: int) -> tuple[Any, Any]:
 def _gradient(kernel: Any, features: Any, errors: Any) -> Any:
     """`features.T @ errors`, laid out as the kernel, which may be tied."""
     if kernel.T.is_contiguous():
+        if _MKL_IS_FASTER:  # in bfloat16 too, where it is oneDNN's matmul
+            return (errors.T @ features).T
         return _product(errors.T, features).T
     return _product(features.T, errors)
 
 
 def _multiplies_by_onednn(left: Any) -> bool:
-    """Whether it has these numbers: no float64, others by the processor."""
+    """Whether it has these numbers, no float64, and is the faster one."""
     if left.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if left.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(left.dtype == torch.float32)
+    return bool(left.dtype == torch.float32) and not _MKL_IS_FASTER
 
 
 def _product(left: Any, right: Any) -> Any:
-    """A matrix product.
-
-    On AMD's processors MKL, by which PyTorch multiplies, reaches half the
-    speed of oneDNN, which is in PyTorch too; on Intel's they are equal.
-    """
+    """A matrix product."""
     # oneDNN sums over no empty side.
     if _multiplies_by_onednn(left) and left.numel():
         # Of a matrix with gaps between its rows oneDNN takes minutes.
