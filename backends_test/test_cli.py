@@ -550,6 +550,91 @@ def test_generate_passes_its_settings_on(command, run_folder):
     assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
+def test_score_tells_each_sentence_and_each_word(command, run_folder, tmp_path):
+    text, table = tmp_path / "text.txt", tmp_path / "made" / "words.csv"
+    text.write_text("a b [bold]zebra\n\nb  a")
+    arguments = ("score", run_folder, text, "--unknown", "drop", "--json")
+    status, lines, _ = command(*arguments, "--out", table)
+    assert status == 0
+    got = record(lines)
+    sentences = got["sentences"]
+    assert [each["words"] for each in sentences] == [
+        ["a", "b", "<eos>"],
+        ["<eos>"],
+        ["b", "a", "<eos>"],
+    ]
+    assert [each["unknown_words"] for each in sentences] == [
+        ["[bold]zebra"],
+        [],
+        [],
+    ]
+    model, vocabulary, _ = load_run(run_folder)
+    ids = vocabulary.encode(["<eos>", "b", "a", "<eos>"])
+    alone = evaluate(model, ids)
+    # Printed are two digits of the sum of three float32.
+    np.testing.assert_allclose(
+        sum(sentences[2]["nats"]), alone.total_nats, rtol=1e-5
+    )
+    assert got["num_words"] == 7
+    nats = [nats for each in sentences for nats in each["nats"]]
+    np.testing.assert_allclose(got["perplexity"], np.exp(np.mean(nats)))
+    assert f"{alone.total_nats:10.2f}      3" in lines[-5]
+    assert lines[-5].endswith(f"{alone.perplexity:12.2f}  b a")
+    assert lines[-3] == "Not in the vocabulary: [bold]zebra"
+    assert lines[-2] == str(table)
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert rows[0] == ["sentence", "word", "nats"]
+    words = [w for each in sentences for w in each["words"]]
+    assert [word for _, word, _ in rows[1:]] == words
+    assert [number for number, *_ in rows[1:]] == list("1112333")
+    # Written to six places.
+    np.testing.assert_allclose(
+        [float(each) for *_, each in rows[1:]], nats, atol=1e-6
+    )
+
+    running = record(command(*arguments, "--running")[1])["sentences"]
+    assert running[0] == sentences[0]
+    assert running[1]["nats"] != sentences[1]["nats"]
+
+
+def test_score_cuts_off_punctuation_as_python_docs_does(
+    command, run_folder, tmp_path
+):
+    path = run_folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"corpus": "python-docs"}))
+    (tmp_path / "text.txt").write_text("a <eos> b, c")
+    arguments = ("score", run_folder, tmp_path / "text.txt", "--json")
+    got = record(command(*arguments, "--unknown", "drop")[1])["sentences"]
+    assert [each["words"] for each in got] == [
+        ["a", "<eos>"],
+        ["b", "c", "<eos>"],
+    ]
+    assert got[1]["unknown_words"] == [","]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"", "must hold a sentence a line; it is empty"),
+        (b"a \xff", "must be UTF-8 text"),
+        (b"a zebra", "'zebra'"),
+    ],
+    ids=["missing", "empty", "not UTF-8", "unknown word"],
+)
+def test_score_says_what_is_wrong_with_a_text(
+    content, words, command, run_folder, tmp_path
+):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    arguments = ("score", run_folder, tmp_path / "text.txt")
+    status, _, err = command(*arguments, "--out", tmp_path / "words.csv")
+    assert status == 1
+    assert words in err
+    assert not (tmp_path / "words.csv").exists()
+
+
 def test_corpus_tells_what_is_in_a_folder(command, corpus_folder):
     status, lines, _ = command("corpus", corpus_folder, "--json")
     assert status == 0
@@ -659,8 +744,8 @@ def test_wrong_usage_ends_with_2(arguments, command):
 @pytest.mark.parametrize(
     "name",
     [
-        *("train", "evaluate", "predict", "generate", "corpus", "compare"),
-        *("bench", "choose", "doctor", "report"),
+        *("train", "evaluate", "predict", "score", "generate", "corpus"),
+        *("compare", "bench", "choose", "doctor", "report"),
     ],
 )
 def test_every_command_explains_itself(name, command):

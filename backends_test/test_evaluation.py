@@ -69,7 +69,9 @@ def test_products_are_float32s_whatever_is_allowed_elsewhere(text, products):
         def get_initial_state(self, batch_size):
             return [(np.zeros((batch_size, 1), np.float32),) * 2]
 
-        def __call__(self, token_ids, initial_state, **_):
+        def __call__(self, token_ids, initial_state, return_state, training):
+            assert return_state
+            assert not training  # which would leave its dropout on
             products.note()
             logits = keras.ops.one_hot(token_ids, V)
             return logits, initial_state
@@ -77,6 +79,7 @@ def test_products_are_float32s_whatever_is_allowed_elsewhere(text, products):
     with ops.tf32(True):
         allowed = float32_products()
         evaluate(Spy(), text)
+        Evaluator(Spy()).read_apart([text[:5], text])
         assert float32_products() == allowed
     with ops.tf32(False):
         assert products.seen

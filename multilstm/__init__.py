@@ -33,6 +33,7 @@ _HOME = {
     "train": "training",
     "load_run": "runs",
     "evaluate": "evaluation",
+    "score": "scoring",
     "predict_next_words": "generation",
     "generate": "generation",
     "adapt": "adaptation",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from multilstm.presets import PRESETS as PRESETS
     from multilstm.presets import Preset as Preset
     from multilstm.runs import load_run as load_run
+    from multilstm.scoring import score as score
     from multilstm.training import train as train
     from multilstm.vocabulary import Vocabulary as Vocabulary
 

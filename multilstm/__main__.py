@@ -31,14 +31,15 @@ from multilstm.options import (
     Predict,
     Presets,
     Report,
+    Score,
     Train,
 )
 from multilstm.presets import find_preset
 from multilstm.selection import select_backend
 
 COMMANDS = (
-    *(Train, Evaluate, Predict, Generate, Corpus, Compare, Bench, Choose),
-    *(Presets, Doctor, Report),
+    *(Train, Evaluate, Predict, Score, Generate, Corpus, Compare, Bench),
+    *(Choose, Presets, Doctor, Report),
 )
 
 

@@ -17,6 +17,7 @@ is that of the single pass to rounding, for every batch size.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,6 +232,46 @@ class Evaluator:
             starts = correct
             done = self._read(streams, starts, done)
         return _unfold(done.outputs, streams, starts)
+
+    @tf32(False)
+    def read_apart(
+        self, texts: Sequence[NDArray[np.int32]]
+    ) -> list[NDArray[np.float32]]:
+        """Reads texts of which none goes on where another ends.
+
+        Args:
+            texts: int32 arrays of shape `(num_tokens,)`, of any lengths.
+
+        Returns:
+            For each text the nats of all its words but the first, float32 of
+            shape `(num_tokens - 1,)`.
+        """
+        for text in texts:
+            check_text(text, self.model.vocabulary_size)
+        nats: dict[int, NDArray[np.float32]] = {}
+        # Those of like length together, so that few rows are read in vain.
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        rows, length = min(self.batch_size, len(texts)), self.sequence_length
+        for first in range(0, len(order), rows):
+            places = order[first : first + rows]
+            num_chunks = -(-(len(texts[places[-1]]) - 1) // length)
+            token_ids = np.zeros((rows, num_chunks * length + 1), np.int32)
+            for row, place in zip(token_ids, places, strict=False):
+                row[: len(texts[place])] = texts[place]
+            states = self.model.get_initial_state(rows)
+            outputs: list[NDArray[np.float32]] = []
+            for start in range(0, num_chunks * length, length):
+                inputs = token_ids[:, start : start + length]
+                targets = token_ids[:, start + 1 : start + length + 1]
+                (output, *_), states = self._chunk.predict_on_batch(
+                    (inputs, targets, states)
+                )
+                outputs.append(np.asarray(output, np.float32))
+            for row, place in zip(
+                np.concatenate(outputs, axis=1), places, strict=False
+            ):
+                nats[place] = row[: len(texts[place]) - 1]
+        return [nats[place] for place in range(len(texts))]
 
     def _fold(self, token_ids: NDArray[np.int32]) -> ContinuousStreams:
         """The text in rows, after it was checked."""

@@ -1,29 +1,33 @@
 """The commands that compute with a model: loaded once a backend is chosen."""
 
+import csv
 import dataclasses
+import io
 import logging
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from multilstm import adaptation
 from multilstm.commands import plain, refuse, telling
 from multilstm.config import preset_of
-from multilstm.corpus import tokenize
+from multilstm.corpus import read_words, tokenize
 from multilstm.errors import UserError, WriteError
-from multilstm.evaluation import evaluate
+from multilstm.evaluation import Evaluation, evaluate
 from multilstm.files import (
     check_folder,
     finite_or_none,
     read_json,
     write_json,
+    write_text,
 )
 from multilstm.generation import generate, predict_next_words
 from multilstm.ops import last_kernel
-from multilstm.options import Evaluate, Generate, Predict, Train
+from multilstm.options import Evaluate, Generate, Predict, Score, Train
 from multilstm.results import RESULT_SCHEMA
 from multilstm.run_folder import RunFolder
 from multilstm.runs import (
@@ -33,8 +37,10 @@ from multilstm.runs import (
     load_run_corpus,
     weights_sha256,
 )
+from multilstm.scoring import SentenceScore, score
 from multilstm.training import train
 from multilstm.tuning import show_settings
+from multilstm.vocabulary import END_OF_SENTENCE, Vocabulary
 
 # Where a method's figures were measured; others may be another backend's.
 _OF_A_METHOD = ("backend", "device", "versions", "precision", "kernel")
@@ -228,15 +234,86 @@ def run_predict(options: Predict, console: Console) -> dict[str, Any]:
     return record
 
 
+def run_score(options: Score, console: Console) -> dict[str, Any]:
+    if options.out:
+        check_folder(options.out.parent)
+    model, vocabulary, config = load_run(options.run)
+    sentences = _sentences(options.file)
+    scores = score(
+        model,
+        vocabulary,
+        [_as_of_corpus(words, config, vocabulary) for words in sentences],
+        running=options.running,
+        unknown=options.unknown,
+    )
+    console.print(f"{'nats':>10}{'words':>7}{'perplexity':>12}  sentence")
+    for of, words in zip(scores, sentences, strict=True):
+        console.print(f"{_totals(of.evaluation)}  {' '.join(words)}")
+    whole = Evaluation.of(np.concatenate([of.nats for of in scores]))
+    console.print(f"{_totals(whole)}  in all, each sentence's end included")
+    unknown_words = [word for of in scores for word in of.unknown_words]
+    if unknown_words:
+        _print_words(
+            console, "Not in the vocabulary:", [*dict.fromkeys(unknown_words)]
+        )
+    if options.out:
+        write_text(options.out, _word_table(scores))
+        console.print(str(options.out))
+    return {
+        "run": str(options.run),
+        "perplexity": whole.perplexity,
+        "num_words": whole.num_tokens,
+        "sentences": [
+            dataclasses.asdict(of) | {"nats": of.nats.tolist()} for of in scores
+        ],
+    }
+
+
+def _sentences(path: Path) -> list[list[str]]:
+    """The words of each line of a text file."""
+    sentences: list[list[str]] = [[]]
+    for word in read_words(path):
+        if word == END_OF_SENTENCE:
+            sentences.append([])
+        else:
+            sentences[-1].append(word)
+    sentences.pop()  # the last line has its end, too
+    if not sentences:
+        raise UserError(f"{path} must hold a sentence a line; it is empty.")
+    return sentences
+
+
+def _totals(of: Evaluation) -> str:
+    return f"{of.total_nats:>10.2f}{of.num_tokens:>7}{of.perplexity:>12.2f}"
+
+
+def _word_table(scores: list[SentenceScore]) -> str:
+    """CSV with a row for each word."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["sentence", "word", "nats"])
+    for number, of in enumerate(scores, start=1):
+        for word, nats in zip(of.words, of.nats.tolist(), strict=True):
+            table.writerow([number, word, f"{nats:.6f}"])
+    return text.getvalue()
+
+
+def _as_of_corpus(
+    words: list[str], config: dict[str, Any], vocabulary: Vocabulary
+) -> list[str]:
+    """Words as the run's corpus has them: python-docs cuts off punctuation."""
+    if config["corpus"] != "python-docs":
+        return words
+    return [
+        word
+        for piece in words  # `<eos>` is one word, and no three
+        for word in ([piece] if piece in vocabulary else tokenize(piece))
+    ]
+
+
 def run_generate(options: Generate, console: Console) -> dict[str, Any]:
     model, vocabulary, config = load_run(options.run)
-    prompt = options.prompt.split()
-    if config["corpus"] == "python-docs":
-        prompt = [
-            word
-            for piece in prompt  # `<eos>` is one word, and no three
-            for word in ([piece] if piece in vocabulary else tokenize(piece))
-        ]
+    prompt = _as_of_corpus(options.prompt.split(), config, vocabulary)
     generated = generate(
         model,
         vocabulary,

@@ -149,6 +149,23 @@ class Predict(OnCorpus):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Score(OnBackend):
+    """Tell how likely the sentences of a file are, word by word."""
+
+    run: Run
+    """Folder of a run."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """UTF-8 text, a sentence a line; /dev/stdin reads from a pipe."""
+    running: bool = False
+    """Each line follows the one before: the state is carried on. Default:
+    each line stands alone."""
+    unknown: UnknownWords = "error"
+    """What to do with unknown words where the vocabulary has no <unk>."""
+    out: Path | None = None
+    """CSV file for the nats of each word."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Generate(OnBackend):
     """Continue a prompt, word by word."""
 
