@@ -278,6 +278,32 @@ def test_optimizer_steps_as_the_source_does_on_its_summed_loss(name, size, rng):
         np.testing.assert_allclose(step, -clip * gradient, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-8, 100.0], ids="size={}".format)
+def test_adam_steps_as_on_the_summed_loss_its_epsilon_too(size, rng):
+    """As Keras's own on the sum. From weights of zero, without L2's part."""
+    preset = PRESETS["adam_512"]
+    summed = size * rng.standard_normal((3, 2)).astype(np.float32)
+    steps = []
+    for optimizer, scale in (
+        (make_optimizer(preset), preset.batch_size * preset.sequence_length),
+        (
+            keras.optimizers.Adam(
+                preset.learning_rate,
+                global_clipnorm=preset.clip_norm,
+                epsilon=1e-8,
+            ),
+            1,
+        ),
+    ):
+        variable = keras.Variable(np.zeros_like(summed))
+        optimizer.build([variable])
+        optimizer.apply([keras.ops.convert_to_tensor(summed / scale)])
+        steps.append(keras.ops.convert_to_numpy(variable))
+    # float32, whose squares of 1e-12 are still numbers.
+    np.testing.assert_allclose(*steps, rtol=1e-4)
+    assert np.abs(steps[0]).max() > preset.learning_rate / 50
+
+
 def test_tutorial_is_the_tutorials_stack(rng):
     assert PRESETS["tutorial"].architecture() == {
         "units": 500,

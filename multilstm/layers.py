@@ -150,8 +150,9 @@ class LSTM(keras.layers.Layer):
             value = kwargs.pop(name, None)
             if name == "use_cudnn" and value is False:
                 explain_once(
-                    "`use_cudnn=False` changes nothing here: on a GPU cuDNN "
-                    "runs, which gives the same to rounding."
+                    "`use_cudnn=False` changes nothing here: on a GPU the "
+                    "fastest kernel runs, cuDNN's or another that gives the "
+                    "same to rounding."
                 )
             if value not in (None, False, 0, "auto"):
                 raise UserError(
