@@ -162,6 +162,7 @@ def test_mean_squares_are_those_of_the_batches_gradients(rng, monkeypatch):
         ({"learning_rate": -1}, "`learning_rate` must be in 0 to inf; .* -1"),
         ({"decay": 1.5}, "`decay` must be in 0 to 1; received 1.5"),
         ({"mean_squares": [np.zeros(2)]}, "`epsilon` must be above 0"),
+        ({"mean_squares": [np.array([4.0, 0])]}, "`epsilon` must be above 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -169,6 +170,14 @@ def test_settings_out_of_range_are_refused(change, message):
     how = {"learning_rate": 0.1, "decay": 0.1}
     with pytest.raises(UserError, match=message):
         step_sizes([np.ones(2)], **how | change)
+
+
+def test_rms_needs_no_epsilon_where_each_weight_had_a_gradient():
+    rates, pulls = step_sizes(
+        [np.ones(2)], 0.4, 0.1, mean_squares=[np.array([4.0, 16.0])]
+    )
+    np.testing.assert_allclose(rates, [[0.2, 0.1]])
+    np.testing.assert_allclose(pulls, [[0.1 * 2 / 3, 0.1 * 4 / 3]])
 
 
 def test_segment_of_no_word_is_refused():
