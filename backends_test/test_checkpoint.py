@@ -264,6 +264,18 @@ def two_checkpoints(folder):
     return folder
 
 
+def test_checkpoint_of_an_epochs_end_is_kept_through_the_next(two_checkpoints):
+    """Also in a process that went on from one within it."""
+    folder, model = two_checkpoints, make_model()
+    for num_batches in (3, 5):
+        folder.save_checkpoint(model, Progress(HISTORY, num_batches))
+    folder = RunFolder(folder.path)
+    assert folder.load_checkpoint(model) == Progress(HISTORY, 5)
+    folder.save_checkpoint(model, Progress(HISTORY, 7))
+    folder.checkpoint.unlink()
+    assert folder.load_checkpoint(model) == Progress(HISTORY)
+
+
 def test_checkpoint_before_the_last_is_kept(two_checkpoints):
     folder = two_checkpoints
     folder.checkpoint.unlink()  # as between the two renames

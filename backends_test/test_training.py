@@ -37,7 +37,7 @@ from multilstm.config import preset_of
 from multilstm.errors import UserError, WriteError
 from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.ops import parallel
-from multilstm.run_folder import RunFolder
+from multilstm.run_folder import RunFolder, draw_curves
 from multilstm.runs import load_run_corpus, weights_sha256
 
 NO_DROPOUT = dict.fromkeys(
@@ -568,6 +568,72 @@ def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     assert 0 < times < 20
     assert result["learning_rate"] == 3e3 / 2**times
     assert math.isfinite(result["test_perplexity"])
+
+
+def test_diverged_run_leaves_a_checkpoint_that_leads_nowhere(
+    train, tmp_path, caplog
+):
+    """One of finite weights, whose next losses are none at any rate."""
+    result = train(
+        preset="tiny_wild",
+        learning_rate=3e3,
+        retries=20,
+        epochs=1,
+        checkpoint_minutes=0,
+    )
+    assert math.isfinite(result["test_perplexity"])
+    assert any("leads nowhere" in line for line in caplog.messages)
+    assert (tmp_path / "run" / "checkpoint" / "diverged.npz").exists()
+
+
+def test_diverged_run_goes_back_to_the_begin_of_its_epoch(
+    train, tmp_path, caplog
+):
+    first = train(preset="tiny_wild", learning_rate=0.5, epochs=1)
+    result = train(
+        preset="tiny_wild",
+        learning_rate=3e3,
+        retries=20,
+        epochs=2,
+        checkpoint_minutes=0,
+        resume=True,
+    )
+    assert any("leads nowhere" in line for line in caplog.messages)
+    assert result["history"][0] == first["history"][0]
+    assert result["epochs"] == 2
+    assert math.isfinite(result["history"][1]["valid_perplexity"])
+
+
+def test_diverged_run_keeps_the_end_of_an_epoch(train, tmp_path, caplog):
+    """However often it fails from there: the rate may still be too high."""
+    train(preset="tiny_wild", learning_rate=0.5, epochs=1)
+    with pytest.raises(DivergedError, match=r"after epoch 1 is kept in .*last"):
+        train(
+            preset="tiny_wild",
+            learning_rate=1e30,
+            retries=4,
+            epochs=2,
+            resume=True,
+        )
+    assert not any("leads nowhere" in line for line in caplog.messages)
+
+
+def test_huge_perplexity_is_drawn(tmp_path):
+    figure = draw_curves(
+        {
+            "run": [
+                {"epoch": 1, "train_perplexity": 8.5, "valid_perplexity": 9.0},
+                {"epoch": 2, "train_perplexity": 1e300, "valid_perplexity": 9},
+                {
+                    "epoch": 3,
+                    "train_perplexity": math.inf,
+                    "valid_perplexity": 1e307,
+                },
+            ]
+        }
+    )
+    figure.savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_halved_rate_stays_where_the_command_is_given_again(train, caplog):

@@ -48,14 +48,20 @@ class DivergedError(UserError):
     Attributes:
         learning_rate: The one that was too high, as settings have it.
         asked_to_stop: Whether a person had stopped the run.
+        kept: The checkpoint that there is, if it is within an epoch.
     """
 
     def __init__(
-        self, message: str, learning_rate: float, asked_to_stop: bool
+        self,
+        message: str,
+        learning_rate: float,
+        asked_to_stop: bool,
+        kept: str = "",
     ) -> None:
         super().__init__(message)
         self.learning_rate = learning_rate
         self.asked_to_stop = asked_to_stop
+        self.kept = kept
 
 
 class Keeper(keras.callbacks.Callback):
@@ -89,6 +95,7 @@ class Keeper(keras.callbacks.Callback):
         self.num_batches = begun.num_batches
         self.seconds = begun.seconds
         self.kept = _describe(begun)  # what the checkpoint holds
+        self.kept_within_epoch = begun.num_batches > 0
         self.plan = plan
         self.steps_per_epoch = 0  # of the epoch in hand, see `begin_epoch`
         self.tokens_per_step = 0.0
@@ -331,6 +338,7 @@ class Keeper(keras.callbacks.Callback):
         )
         self.folder.save_checkpoint(self.model, reached)
         self.kept = _describe(reached)
+        self.kept_within_epoch = reached.num_batches > 0
 
     def _save_best(self, epoch: int, valid_perplexity: float) -> None:
         # Keras would save the optimizer of a model that is compiled too,
@@ -359,7 +367,9 @@ class Keeper(keras.callbacks.Callback):
         They are its best until an epoch is better.
         """
         self.set_model(model)
-        self._save_best(0, self._evaluate())
+        start = self._evaluate()
+        if start < self.best_perplexity:  # of a first epoch, perhaps
+            self._save_best(0, start)
 
     def _stop_diverged(self, place: str, value: float) -> None:
         try:
@@ -372,6 +382,11 @@ class Keeper(keras.callbacks.Callback):
                 f"the checkpoint after {self.kept} is kept in "
                 f"{self.folder.checkpoint}"
             )
+        if self.kept_within_epoch:
+            kept += (
+                " (if it leads here again, remove it: the run goes on from "
+                f"{self.folder.previous_checkpoint.name})"
+            )
         raise DivergedError(
             f"The loss must stay a finite number; it became {value} in epoch "
             f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
@@ -379,6 +394,7 @@ class Keeper(keras.callbacks.Callback):
             "for a run that goes on with --resume.",
             self.plan.learning_rate,
             self.asked_to_stop,
+            self.kept if self.kept_within_epoch else "",
         )
 
 

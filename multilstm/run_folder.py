@@ -4,7 +4,8 @@
     history.csv           one row an epoch            curves.png
     checkpoint/last.npz   to go on from: weights, optimizer, carried state,
                           random state, position in the data, history
-    checkpoint/previous.npz    the one before, should the last be damaged
+    checkpoint/previous.npz    that of the epoch's begin, should the last be
+                          damaged or lead nowhere
     best.weights.h5       the weights with the lowest validation perplexity
     result.json           the figures, when training has ended
     adapted.json          those of `multilstm evaluate --adapt`
@@ -74,6 +75,7 @@ class RunFolder:
         self._identity: tuple[int, int] | None = None  # while it is held
         self._writer: ThreadPoolExecutor | None = None
         self._written: Future[None] | None = None  # the last checkpoint
+        self._last_ends_epoch = True  # as far as is known
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -262,8 +264,9 @@ class RunFolder:
         """Writes everything that training goes on from, in one file.
 
         It is read back before it takes the place of the one before, which
-        is kept beside it. Within `writing_behind` this goes on while the
-        caller does.
+        is kept beside it if it is of an epoch's end: from a state within an
+        epoch training may have gone wrong already. Within `writing_behind`
+        this goes on while the caller does.
 
         Raises:
             WriteError: If the system refuses, or the file is not what was
@@ -331,9 +334,25 @@ class RunFolder:
                     f"{self.checkpoint} must read as it was written; it does "
                     f"not ({error}). The one before is kept. Look at the disk."
                 ) from error
-            if self.checkpoint.exists():
+            keeps = (
+                self._last_ends_epoch or not self.previous_checkpoint.exists()
+            )
+            if self.checkpoint.exists() and keeps:
                 flush(temporary)
                 self.checkpoint.replace(self.previous_checkpoint)
+        self._last_ends_epoch = not about["num_batches"]
+
+    def set_checkpoint_aside(self) -> None:
+        """Renames the checkpoint that would be gone on from."""
+        if not self.devices.rank:
+            last = self.checkpoint
+            if not last.exists():
+                last = self.previous_checkpoint
+            aside = last.with_name("diverged.npz")
+            last.replace(aside)
+            flush_folder(last.parent)
+            logger.warning("%s leads nowhere; it is now %s.", last, aside.name)
+        self.devices.total(0)  # the others wait for it
 
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.
@@ -364,6 +383,7 @@ class RunFolder:
                 damaged,
             )
         checkpoint.assign_state(model, arrays, self.devices)
+        self._last_ends_epoch = not about["num_batches"]
         return Progress(
             about["history"],
             about["num_batches"],
@@ -401,7 +421,8 @@ def draw_curves(histories: dict[str, History]) -> Figure:
         for split, style in (("train", "--"), ("valid", "-")):
             axes.plot(
                 epochs,
-                [row[f"{split}_perplexity"] for row in history],
+                # Matplotlib cannot divide an axis that ends above 1e280.
+                [min(row[f"{split}_perplexity"], 1e100) for row in history],
                 style,
                 color=f"C{number}",
                 marker=".",

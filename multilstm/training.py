@@ -204,6 +204,7 @@ def train(
     _warn_of_unseen_gpu()
     folder = RunFolder(out or _default_folder(given), group)
     asked = given.get("learning_rate")
+    kept, is_stuck = "", False
     with explaining_failures():
         while True:
             try:
@@ -212,6 +213,7 @@ def train(
                     given,
                     data_folder=data_folder,
                     resume=resume,
+                    is_stuck=is_stuck,
                     ends_at=ends_at,
                     progress=progress,
                 )
@@ -221,6 +223,8 @@ def train(
                     raise
                 retries -= 1
                 resume = True
+                is_stuck = bool(kept) and error.kept == kept
+                kept = error.kept
                 if asked is not None:
                     given["halved_from"] = asked
                 given["learning_rate"] = error.learning_rate / 2
@@ -239,10 +243,15 @@ def _train(
     *,
     data_folder: str | Path | None,
     resume: bool,
+    is_stuck: bool,
     ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
-    """Trains from the beginning or from where the run of a folder is."""
+    """Trains from the beginning or from where the run of a folder is.
+
+    A checkpoint within an epoch that has led to no numbers twice may have gone
+    wrong itself: then the one before is gone on from.
+    """
     exists = folder.devices.from_first(folder.config.exists())
     resuming = resume and bool(exists)
     if resuming:
@@ -258,6 +267,8 @@ def _train(
     check_trainable(plan, settings, data, folder.devices, is_new=not resuming)
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
+        if is_stuck:
+            folder.set_checkpoint_aside()
         return _train_held(
             folder,
             settings,
