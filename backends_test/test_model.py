@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import threading
 
 import keras
 import numpy as np
@@ -156,6 +157,143 @@ def test_copy_of_a_class_that_tells_no_arguments_is_refused():
 
     with pytest.raises(UserError, match=r"Let get_config\(\) give its own"):
         Mine(6).copy()
+
+
+class OwnLoss(LanguageModel):
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return keras.ops.mean(
+            keras.ops.sparse_categorical_crossentropy(
+                y, y_pred, from_logits=True
+            )
+        )
+
+
+class BoundedLogits(LanguageModel):
+    def call(self, token_ids, **arguments):
+        return keras.ops.tanh(super().call(token_ids, **arguments))
+
+
+class OwnMetrics(LanguageModel):
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        assert y_pred.shape[-1] == V
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, BoundedLogits, OwnMetrics])
+def test_methods_of_a_subclass_are_given_logits(kind, ids):
+    targets = (ids + 1) % V
+    model = kind(V, units=6, num_layers=1, initializer_scale=2.0)
+    model.compile(keras.optimizers.SGD(0.5))
+    model.build((3, None))
+    kernel = numpy(model.projection.kernel)
+    logits = model.predict(ids, verbose=0)
+    expected = oracles.negative_log_likelihood(
+        logits.reshape(-1, V), targets.reshape(-1)
+    ).mean()
+    loss = model.evaluate(ids, targets, verbose=0, return_dict=True)["loss"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    loss = model.train_on_batch(ids, targets)
+    loss = loss if np.ndim(loss) == 0 else loss[0]
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+    # Of features alone the loss would leave it as it was.
+    assert np.abs(numpy(model.projection.kernel) - kernel).max() > 1e-5
+
+
+def test_train_step_of_a_subclass_is_given_inputs_and_targets():
+    shapes = []
+
+    class Mine(LanguageModel):
+        def train_step(self, *arguments):
+            *state, (inputs, targets) = arguments
+            shapes.append((tuple(inputs.shape), tuple(targets.shape)))
+            return super().train_step(*state, (inputs, targets))
+
+    text = np.arange(44, dtype=np.int32) % V
+    batches = ContinuousStreams(text, 5, 4, drop_remainder=True)
+    model, usual = (
+        kind(V, units=6, num_layers=1, seed=1) for kind in (Mine, LanguageModel)
+    )
+    for each in (model, usual):
+        each.compile(keras.optimizers.SGD(0.5))
+        each.fit(batches, shuffle=False, verbose=0)
+    assert {each[1:] for pair in shapes for each in pair} == {(5,)}
+    for got, expected in zip(
+        model.get_weights(), usual.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() == "jax",
+    reason="on JAX Keras takes a model's arrays away while a step runs",
+)
+def test_predictions_are_logits_while_another_thread_evaluates(ids):
+    """As from a server that trains on. What TensorFlow traced stays."""
+    model = LanguageModel(V, units=6, num_layers=1)
+    model.compile("sgd")
+    model.build((3, None))
+    within, done = threading.Event(), threading.Event()
+    compute_loss = model.compute_loss
+
+    def wait(*arguments, **named):
+        within.set()
+        assert done.wait(60)
+        return compute_loss(*arguments, **named)
+
+    model.compute_loss = wait
+    thread = threading.Thread(target=model.test_on_batch, args=(ids, ids))
+    thread.start()
+    assert within.wait(60)
+    try:
+        assert model.predict(ids, verbose=0).shape == (3, ids.shape[1], V)
+    finally:
+        done.set()
+        thread.join()
+
+
+# JAX makes float32 of float64, and says so.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
+@pytest.mark.parametrize("softmax", ["exact", "adaptive", "sampled"])
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [
+        ("float32", "mixed_bfloat16"),
+        ("float32", "float64"),
+        ("mixed_bfloat16", "float32"),
+    ],
+)
+def test_layers_may_have_dtypes_of_their_own(usual, other, softmax, ids):
+    """As Keras asks for them: a policy for each path of layers."""
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=usual)
+    policies[".*lstm_1.*"] = keras.dtype_policies.DTypePolicy(other)
+    settings = {"units": 6, "seed": 2, "softmax": softmax}
+    model = LanguageModel(V, **settings, dtype=policies, name="language_model")
+    plain = LanguageModel(V, **settings, dtype="float32")
+    for each in (model, plain):
+        each.build((3, None))
+        each.compile(keras.optimizers.SGD(0.1))
+    assert model.lstms[0].compute_dtype != model.lstms[1].compute_dtype
+    for name in ("test_on_batch", "train_on_batch"):
+        got, expected = (
+            getattr(each, name)(ids, ids)[0] for each in (model, plain)
+        )
+        if softmax == "sampled" and name == "train_on_batch":
+            expected = got  # of other words on some backends
+        # bfloat16 has eight bits.
+        np.testing.assert_allclose(got, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("softmax", ["exact", "adaptive", "sampled"])
+def test_batch_of_no_rows_costs_nothing(softmax):
+    model = LanguageModel(V, units=6, num_layers=1, softmax=softmax)
+    model.build((None, None))
+    model.compile(keras.optimizers.SGD(0.1))
+    nothing = np.zeros((0, 5), np.int32)
+    before = model.get_weights()
+    assert model.test_on_batch(nothing, nothing)[0] == 0
+    assert model.train_on_batch(nothing, nothing)[0] == 0
+    for weight, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
 @pytest.mark.parametrize(

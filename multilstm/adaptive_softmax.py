@@ -110,6 +110,7 @@ class AdaptiveProjection(keras.layers.Layer):
         """As of `Projection`; each tail for the targets that are in it."""
         if weights is not None:
             targets = ops.where(weights == 0, 0, targets)
+        features = ops.cast(features, self.compute_dtype)
         first = self.cutoffs[0]
         cluster = sum(
             ops.cast(targets >= cutoff, "int32") for cutoff in self.cutoffs

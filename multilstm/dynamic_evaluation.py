@@ -237,6 +237,8 @@ def step_sizes(
 class _Learner(LanguageModel):
     """A copy of a model whose loss is the nats alone, kept by segment."""
 
+    loss_is_fused = True  # its own, which takes features
+
     @classmethod
     def of(cls, model: Any, rows: int, num_segments: int) -> "_Learner":
         undropped = {

@@ -70,6 +70,10 @@ class TextModel(keras.Model):
         """Floating-point operations of a training step, products alone."""
         raise NotImplementedError
 
+    def keeps_methods(self, *names: str) -> bool:
+        """Whether a subclass leaves these methods as they are."""
+        raise NotImplementedError
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.compile`, whose steps at once a user may give."""
         self._asked_steps = kwargs.get("steps_per_execution")
@@ -119,8 +123,8 @@ class TextModel(keras.Model):
         steps are started at once where the backend gains by it: as many as
         `compile` was told, or at most 16 that take about a second (on a GPU 64
         and a tenth of a second); one by one where a callback asks for every
-        batch. Callbacks then hear of the last step of
-        a group, as with Keras's `steps_per_execution`.
+        batch. Callbacks then hear of the last step of a group, as with
+        Keras's `steps_per_execution`.
 
         Raises:
             UserError: If the model is not compiled, or there is a
@@ -205,7 +209,12 @@ class TextModel(keras.Model):
             steps = max(n for n in range(1, most + 1) if multiple % n == 0)
         is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
         slices = is_sliced and not is_large
-        if slices and self.uses_own_loss and not self.needs_logits:
+        if (
+            slices
+            and self.uses_own_loss
+            and not self.needs_logits
+            and self.keeps_methods("train_step")
+        ):
             self._rows = (data.batch_size, data.sequence_length)
             if self._text_of is not data.token_ids:
                 self._text_of = data.token_ids

@@ -371,6 +371,13 @@ def run_stack(
         The last layer's outputs, `(batch, time, units)`, and for each layer
         `(h, c)` after the last step.
     """
+    if len({layer.compute_dtype for layer in layers}) > 1:
+        states: list[State] = []
+        for layer, state in zip(layers, initial_states, strict=True):
+            sequence, ends = run_stack([layer], sequence, [state], training)
+            states += ends
+        return sequence, states
+    sequence = ops.cast(sequence, layers[0].compute_dtype)
     starts = [
         layer.read_state(sequence, state)
         for layer, state in zip(layers, initial_states, strict=True)

@@ -11,6 +11,7 @@ changes which LSTM kernel runs.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, get_args
 
 import keras
@@ -43,6 +44,10 @@ from multilstm.optimizers import make_optimizer
 from multilstm.presets import find_preset
 from multilstm.projection import choose_softmax, make_projection
 
+# The model whose `call` gives features: in this thread, not in one that
+# predicts meanwhile.
+_gives_features: ContextVar[Any] = ContextVar("gives_features", default=None)
+
 
 @keras.saving.register_keras_serializable(package="multilstm")
 class LanguageModel(TextModel):
@@ -51,7 +56,9 @@ class LanguageModel(TextModel):
     With its defaults for everything but the sizes it is the classic Keras
     tutorial's network without its dropout. `from_preset` gives the published
     ones. `compile()` without a loss trains on the cross-entropy in nats per
-    token and reports `perplexity`, weighted by tokens.
+    token and reports `perplexity`, weighted by tokens; a subclass with a
+    `call`, `compute_loss`, `compute_metrics` or `train_step` of its own is
+    given logits and batches as Keras gives them.
 
     Args:
         vocabulary_size: Number of words.
@@ -242,7 +249,6 @@ class LanguageModel(TextModel):
         )
         self.step_seed = draw.seed_of("steps")
         self.perplexity = Perplexity()
-        self._gives_features = False
         self._asked_jit: Any = "auto"
 
     @classmethod
@@ -280,7 +286,7 @@ class LanguageModel(TextModel):
         )
         if training:
             self._regularize(outputs, features)
-        if self._gives_features:
+        if _gives_features.get() is self:
             return features
         logits = self.projection(features)  # (batch, time, vocabulary_size)
         return (logits, final_state) if return_state else logits
@@ -498,7 +504,7 @@ class LanguageModel(TextModel):
                 "There must be a target for each word that is read, of shape "
                 f"{tuple(y_pred.shape[:2])}; received {tuple(y.shape)}."
             )
-        if self._gives_features:
+        if _gives_features.get() is self:
             y = ops.convert_to_tensor(y, "int32")
             weights = token_weights(y, sample_weight)
             nats = ops.sum(
@@ -532,11 +538,31 @@ class LanguageModel(TextModel):
 
         Keras hands to the loss what `call` returned.
         """
-        self._gives_features = self.uses_own_loss and not self.needs_logits
+        token = _gives_features.set(self if self.loss_is_fused else None)
         try:
             yield
         finally:
-            self._gives_features = False
+            _gives_features.reset(token)
+
+    @property
+    def loss_is_fused(self) -> bool:
+        """Whether the loss is computed from features, without logits.
+
+        Not where logits are asked for, or a subclass may compute with them.
+        """
+        of_mine = ("call", "compute_loss", "compute_metrics")
+        return (
+            self.uses_own_loss
+            and not self.needs_logits
+            and self.keeps_methods(*of_mine)
+        )
+
+    def keeps_methods(self, *names: str) -> bool:
+        """Whether a subclass leaves these methods as they are."""
+        return all(
+            getattr(type(self), name) is getattr(LanguageModel, name)
+            for name in names
+        )
 
     def step_flops(self, tokens: int) -> int:
         """Floating-point operations of a training step, products alone."""

@@ -97,7 +97,7 @@ class Projection(keras.layers.Layer):
                 that broadcasts against the bias. Default: 1.
         """
         kernel, bias = self._read_weights()
-        features = self._narrow(features)
+        features = self._narrow(ops.cast(features, self.compute_dtype))
         if temperature is not None:
             features, bias = (
                 ops.cast(ops.cast(x, "float32") / temperature, x.dtype)
@@ -186,7 +186,8 @@ class SampledProjection(Projection):
             sampled = draw_words(
                 self.num_sampled, self.vocabulary_size, self.seed_generator
             )
-        nll = self._estimate(self._narrow(features), targets, sampled)
+        features = self._narrow(ops.cast(features, self.compute_dtype))
+        nll = self._estimate(features, targets, sampled)
         return nll if weights is None else nll * ops.cast(weights, "float32")
 
     def _estimate(self, features: Any, targets: Any, sampled: Any) -> Any:

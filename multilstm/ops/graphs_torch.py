@@ -78,8 +78,8 @@ def starts_singly(model: Any) -> bool:
     return not (
         has_gpu()
         and is_plain
-        and model.uses_own_loss
-        and not model.needs_logits
+        and model.loss_is_fused
+        and model.keeps_methods("train_step")
         and model.settings["softmax"] == "exact"
         and not (model.run_eagerly or model.jit_compile)
         and not torch.distributed.is_initialized()

@@ -227,9 +227,11 @@ def _lstm_backward(residuals: Any, upstream: Any) -> tuple[Any, ...]:
         _time_first(dx).astype(x.dtype),
         dh0.astype(h0.dtype),
         dc0.astype(c0.dtype),
-        _transposed_product(x.reshape(len(flat), -1), flat, kernel.dtype),
         _transposed_product(
-            h_before.reshape(len(flat), -1), flat, recurrent.dtype
+            x.reshape(len(flat), len(kernel)), flat, kernel.dtype
+        ),
+        _transposed_product(
+            h_before.reshape(len(flat), len(recurrent)), flat, recurrent.dtype
         ),
         flat.sum(0, dtype=wide).astype(bias.dtype),
     )
@@ -253,7 +255,7 @@ def linear_cross_entropy(
     if weights is not None:
         weights = weights.astype(_float32).reshape(-1)
         targets = jnp.where(weights == 0, 0, targets)
-    features = features.reshape(targets.size, -1)
+    features = features.reshape(targets.size, len(kernel))
     if max_logits_bytes is None:
         max_logits_bytes = reference.default_logits_bytes(_device_memory())
     size = reference.chunk_size(targets.size, kernel.shape[1], max_logits_bytes)
@@ -364,12 +366,14 @@ def cross_entropy_of_some(
     takes to reach the last of them.
     """
     num_tokens = targets.size
+    if not num_tokens:  # of which there is no last to fill up with
+        return jnp.zeros(targets.shape, _float32)
     order = jnp.argsort(~is_wanted.reshape(-1))
     # Filled up to whole blocks, with the last token of the order.
     size = max(_LEAST_BLOCK, -(-num_tokens // _MOST_BLOCKS))
     filled = jnp.pad(order, (0, -num_tokens % size), mode="edge")
     nll = _cross_entropy_of_first(
-        features.reshape(num_tokens, -1)[filled],
+        features.reshape(num_tokens, len(down))[filled],
         down,
         kernel,
         jnp.where(is_wanted, targets, 0).reshape(-1)[filled],
