@@ -235,10 +235,20 @@ def test_nothing_is_tuned_on_test(corpus, few):
         ({"methods": ["cash"]}, "must be some of temperature, .*'cash'"),
         ({"methods": []}, "must be some of temperature, .*received none"),
         ({"methods": ["dropout"]}, "'dropout' needs a model that was trained"),
-        ({"tune_tokens": 1}, "`tune_tokens` must be at least 2; received 1"),
-        ({"num_samples": 0}, "`num_samples` must be at least 1; received 0"),
-        ({"seed": -1}, "`seed` must be at least 0; received -1"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1; received 0"),
+        (
+            {"tune_tokens": 1},
+            "`tune_tokens` must be a whole .*2 or more.* 1",
+        ),
+        ({"num_samples": 2.5}, "`num_samples` must be a whole number"),
+        (
+            {"num_samples": 0},
+            "`num_samples` must be a whole .*1 or more.* 0",
+        ),
+        ({"seed": -1}, "`seed` must be a whole .*0 or more.* -1"),
+        (
+            {"batch_size": 0},
+            "`batch_size` must be a whole .*1 or more.* 0",
+        ),
     ],
     ids=str,
 )

@@ -76,6 +76,15 @@ for line in sys.stdin:
     if method == "prepare" and fault == "killed by 128":
         if arguments["batch_size"] == 128:
             os.kill(os.getpid(), signal.SIGKILL)
+    if method == "start" and fault == "wanders":
+        with open({log!r} + ".starts", "a+") as starts:
+            print("one", file=starts)
+            starts.seek(0)
+            number = len(starts.readlines())
+        losses[1:] = [loss + 0.1 * number for loss in losses[1:]]
+        answers["peak_memory"]["peak_memory_mb"] -= number
+    if method == "prepare_model":
+        answer = dict(is_random=fault == "wanders", steps_in_a_row=4)
     if method == "build" and fault == "raises":
         answer = dict(failure="ValueError: no such kernel")
     print(json.dumps(answer), flush=True)
@@ -129,6 +138,31 @@ def test_windows_take_turns_and_the_fastest_is_first(pretend):
     assert jax["compile_time_seconds"] == 1.4
     # 7.2 J for 24 words.
     assert found["torch"]["joules_per_million_tokens"] == 300_000.0
+
+
+def test_processes_of_other_losses_are_told_by_the_first_ones(pretend):
+    result = bench({"jax": pretend(0.1, "wanders")}, [TINY], processes=3)
+    found = rows(result)["jax"]
+    np.testing.assert_allclose(
+        found["losses"], [2.99573, 3.0, 2.9, 2.8, 2.7, 2.6]
+    )
+    assert found["peak_memory_mb"] == 99.0  # the most of the three
+    assert found["steady"] is False
+    assert "differ from one process to the next" in found["disagrees"]
+
+
+def test_processes_of_random_layers_may_have_other_losses(pretend):
+    result = bench(
+        {"jax": pretend(0.1, "wanders")},
+        [TINY],
+        model=Path("model.keras"),
+        processes=2,
+    )
+    for found in result["results"]:
+        if found["backend"] == "jax":
+            assert found["is_random"]
+            assert "steady" not in found
+            assert found["agrees"]
 
 
 @pytest.mark.parametrize(
@@ -704,11 +738,13 @@ def test_run_that_goes_on_is_looked_up_by_its_own_sizes(tmp_path):
     config = {
         "schema": CONFIG_SCHEMA,
         "precision": "mixed_bfloat16",
+        "max_vocabulary": 50_000,
         "preset_settings": dataclasses.asdict(PRESETS["awd"]),
     }
     write_json(run / "config.json", config)
     shape, dtype = _what_to_train(Train(out=run, resume=True))
     assert (shape["embedding_dim"], shape["tied"]) == (400, True)
+    assert shape["vocabulary_size"] == 50_000
     assert (shape["units"], dtype) == ([1150, 1150, 400], "bfloat16")
     shape, dtype = _what_to_train(Train(out=run))  # which then is refused
     assert (shape["units"], dtype) == ([256, 256], None)

@@ -76,12 +76,37 @@ def test_changed_driver_or_version_makes_a_choice_stale(result, change, said):
         result["driver"] = change["driver"]
     else:
         result["results"][1] |= change
-    choose(result)
+    choice = choose(result)
     _, reason = select_backend()
     assert said in reason
     assert "run multilstm choose" in reason
     shape = dataclasses.asdict(TINY)
-    assert valid_choice(shape, "float32", {})[0] is None
+    # The other could not start then, and is not asked.
+    kept = json.loads(Path(choice["path"]).read_text())
+    kept["versions"][choice["backend"]] = {}
+    Path(choice["path"]).write_text(json.dumps(kept))
+    pythons = dict.fromkeys(kept["versions"], Path(sys.executable))
+    valid, why_not = valid_choice(shape, "float32", pythons)
+    assert valid is None
+    assert said in why_not
+
+
+def test_what_is_gone_makes_a_choice_stale():
+    choice = {"driver": None, "versions": {BACKEND: {"keras": "3", "a": "1"}}}
+    stale = choices.why_stale(choice, BACKEND, None, {"keras": "3"})
+    assert stale == "a was 1 and is None"
+    assert choices.why_stale(
+        choice, BACKEND, None, {"keras": "3", "a": "1"}
+    ) is (None)
+
+
+def test_backends_are_ranked_by_time_and_not_by_name(result):
+    result["results"] = [
+        timed(backend, windows=(ms, ms, ms))
+        for backend, ms in (("jax", 30.0), ("tensorflow", 20.0), ("torch", 10))
+    ]
+    rank(result["results"])
+    assert choose(result)["ranking"] == ["torch", "tensorflow", "jax"]
 
 
 def test_choice_for_another_device_is_not_taken(result):

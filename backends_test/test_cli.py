@@ -447,7 +447,7 @@ def test_what_only_adapting_takes_is_refused_without(command, run_folder):
         (("--split", "valid"), "--split would do nothing with --adapt, which"),
         (
             ("--tune-tokens", 1, "--adapt", "dynamic-sgd"),
-            "`tune_tokens` must be at least 2; received 1",
+            "`tune_tokens` must be a whole number, 2 or more; received 1",
         ),
     ],
     ids=str,
@@ -670,6 +670,13 @@ def test_compare_shows_a_row_for_each_backend(command, corpus_folder, tmp_path):
         f"{result['test_perplexity']:.2f}",
         f"{result['tokens_per_second']:,.0f}",
     ]
+    # What an earlier comparison ended early goes on to its end.
+    config = tmp_path / "both" / BACKEND / "config.json"
+    early = json.loads(config.read_text()) | {"until_perplexity": 1e6}
+    config.write_text(json.dumps(early))
+    arguments[arguments.index("--epochs") + 1] = 2
+    got = record(command(*arguments, "--out", tmp_path / "both")[1])
+    assert got["results"][BACKEND]["epochs"] == 2
     status, lines, err = command(
         *arguments, "--preset", "samll", "--out", tmp_path / "none"
     )

@@ -362,10 +362,11 @@ def test_rare_words_become_unk_on_request(arguments, vocabulary, train, write):
 @pytest.mark.parametrize(
     ("name", "value", "must"),
     [
-        ("min_count", 0, "at least 1"),
-        ("min_count", -1, "at least 1"),
-        ("max_vocabulary", 0, "at least 1"),
-        ("max_vocabulary", -5, "at least 1"),
+        ("min_count", 0, "a whole number, 1 or more"),
+        ("min_count", -1, "a whole number, 1 or more"),
+        ("max_vocabulary", 0, "a whole number, 1 or more"),
+        ("max_vocabulary", -5, "a whole number, 1 or more"),
+        ("max_vocabulary", 5.5, "a whole number, 1 or more"),
         ("unknown", "ignore", "one of error, drop"),
     ],
 )

@@ -122,6 +122,23 @@ def test_without_steps_it_is_plain_evaluation(text):
             )
 
 
+def test_one_evaluator_reads_in_both_forms(text):
+    """RMS with gradients all alike has the steps of SGD."""
+    model = make_model()
+    ones = [np.ones_like(weight) for weight in model.get_weights()]
+    evaluator = DynamicEvaluator(model, SEGMENT)
+    forms = [
+        {"learning_rate": 0.2, "decay": 0.1},
+        {"learning_rate": 0.3, "decay": 0.1}
+        | {"epsilon": 0.5, "mean_squares": ones},
+    ]
+    first, second, third = (
+        evaluator.read(text, **form) for form in (*forms, forms[0])
+    )
+    np.testing.assert_allclose(second, first, rtol=1e-5)  # float32
+    np.testing.assert_allclose(third, first, rtol=1e-6)
+
+
 def test_every_text_begins_from_the_weights_of_the_model(text):
     evaluator = DynamicEvaluator(make_model(), SEGMENT)
     how = {"learning_rate": 0.5, "decay": 0.01}
@@ -181,7 +198,7 @@ def test_rms_needs_no_epsilon_where_each_weight_had_a_gradient():
 
 
 def test_segment_of_no_word_is_refused():
-    with pytest.raises(UserError, match="`segment_length` must be at least 1"):
+    with pytest.raises(UserError, match="`segment_length` must be a whole"):
         DynamicEvaluator(make_model(), 0)
 
 

@@ -272,7 +272,7 @@ def test_texts_without_a_perplexity_are_refused(token_ids, message):
 
 @pytest.mark.parametrize("size", ["batch_size", "sequence_length"])
 def test_sizes_below_one_are_refused(size, text):
-    with pytest.raises(UserError, match=f"`{size}` must be at least 1"):
+    with pytest.raises(UserError, match=f"`{size}` must be a whole number"):
         evaluate(make_model(), text, **{size: 0})
 
 

@@ -1,5 +1,6 @@
 """Words that follow: the distribution by hand, the state by re-reading."""
 
+import keras
 import numpy as np
 import oracles
 import pytest
@@ -75,6 +76,24 @@ def test_probabilities_are_those_worked_by_hand(arguments, expected):
 def test_of_equally_likely_words_the_first_is_taken(arguments):
     got = next_word_probabilities(np.array([1.0, 3.0, 3.0]), **arguments)
     np.testing.assert_array_equal(got, [0, 1, 0])
+
+
+def test_keras_global_policy_does_not_round_another_models_states():
+    model = LanguageModel(8, units=6, initializer_scale=2.0, dtype="float32")
+    model.build((None, None))
+    ids = np.arange(12, dtype=np.int32) % 8
+    expected = oracles.language_model(model.get_weights(), ids[None])[0, -1]
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        step = generation._Step(model)
+        states = model.get_initial_state(1)
+        for token_id in ids:
+            logits, states = step.predict_on_batch(
+                (np.array([[token_id]], np.int32), states)
+            )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_allclose(logits[0, -1], expected, rtol=1e-5)  # float32
 
 
 def test_large_float32_logits_do_not_overflow():

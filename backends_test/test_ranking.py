@@ -138,6 +138,37 @@ def test_backends_within_noise_share_a_rank_and_compile_time_decides():
     assert [record["backend"] for record in first] == ["torch", "jax"]
 
 
+def test_what_comes_after_shares_a_rank_with_its_own_fastest():
+    records = [
+        timed(backend, windows=(ms, ms, ms))
+        for backend, ms in (("jax", 12.2), ("torch", 10.0), ("tensorflow", 12))
+    ]
+    rank(records)
+    assert [record["rank"] for record in records] == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("slower", "is_noise"),
+    [
+        # In one window of five the faster one, in its processes never.
+        ([[12.0, 12.0, 12.0, 12.0, 9.0]] * 2, True),
+        ([[12.0, 12.0, 12.0, 12.0, 11.0]] * 2, False),
+        # In fewer windows, but for most of one process of three.
+        ([[12.0] * 12, [9.0] * 5 + [10.5] * 7, [12.0] * 12], False),
+        ([[12.0] * 12, [9.0] * 7 + [12.0] * 5, [12.0] * 12], True),
+    ],
+)
+def test_windows_and_processes_each_tell_what_is_noise(slower, is_noise):
+    """By medians alone 12 ms are a fifth more than 10."""
+    faster = [[10.0] * len(process) for process in slower]
+    records = [
+        timed("jax") | {"windows_ms": faster},
+        timed("torch", windows=(12.0,) * 3) | {"windows_ms": slower},
+    ]
+    rank(records)
+    assert [r["rank"] for r in records] == [1, 1 if is_noise else 2]
+
+
 def test_windows_are_compared_within_their_round():
     """A machine that slows down hits all alike and hides no difference."""
     records = [

@@ -126,6 +126,11 @@ def test_a_vocabulary_without_the_end_of_a_sentence_is_refused(model):
         score(model, vocabulary, ["a b"])
 
 
+def test_one_text_is_not_taken_for_sentences_of_a_letter(model):
+    with pytest.raises(UserError, match=r"Put it into a list"):
+        score(model, VOCABULARY, "a b c")
+
+
 def test_a_vocabulary_larger_than_the_models_is_refused(model):
     vocabulary = Vocabulary([*WORDS, "zebra"])
     with pytest.raises(UserError, match="knows 9 words"):

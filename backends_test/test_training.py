@@ -39,6 +39,7 @@ from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.ops import parallel
 from multilstm.run_folder import RunFolder, draw_curves
 from multilstm.runs import load_run_corpus, weights_sha256
+from multilstm.weights_file import describe_weights
 
 NO_DROPOUT = dict.fromkeys(
     ("input_dropout", "hidden_dropout", "output_dropout"), 0.0
@@ -645,6 +646,9 @@ def test_halved_rate_stays_where_the_command_is_given_again(train, caplog):
     command["learning_rate"] = halved / 3000  # far from where it diverges
     other = train(**command, epochs=3, resume=True)
     assert other["learning_rate"] == halved / 3000
+    command |= {"learning_rate": 3e3, "retries": 0}
+    with pytest.raises(DivergedError):  # asked for anew, and taken
+        train(**command, epochs=4, resume=True)
 
 
 def test_rate_that_was_asked_for_is_noted_however_often_it_is_halved(
@@ -731,7 +735,7 @@ def test_retries_come_to_an_end(train, caplog):
     with pytest.raises(DivergedError, match="Lower the learning rate"):
         train(preset="tiny_wild", retries=2)
     assert sum("This is done now" in line for line in caplog.messages) == 2
-    with pytest.raises(UserError, match="`retries` must be at least 0"):
+    with pytest.raises(UserError, match="`retries` must be a whole number"):
         train(retries=-1)
 
 
@@ -1464,6 +1468,25 @@ def test_run_begins_with_the_best_weights_of_another(
         train("alone", epochs=1)
     with pytest.raises(UserError, match="others"):
         train("other", preset="tiny_awd", starts_from=tmp_path / "moved")
+
+
+def test_better_weights_than_the_start_stay_where_a_run_was_killed(
+    train, tmp_path, monkeypatch
+):
+    """After the first epoch's best weights and before its checkpoint."""
+    before = train("before", epochs=1, learning_rate=1e-4)
+    save = RunFolder.save_checkpoint
+    monkeypatch.setattr(
+        RunFolder, "save_checkpoint", lambda *_: 1 / 0, raising=True
+    )
+    with pytest.raises(ZeroDivisionError):
+        train("after", epochs=1, starts_from=before["run"])
+    monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+    path = tmp_path / "after" / "best.weights.h5"
+    kept = describe_weights(path)
+    assert kept["epoch"] == 1
+    train("after", epochs=1, resume=True, learning_rate=1e-12)
+    assert describe_weights(path) == kept
 
 
 def test_only_the_first_words_are_trained_on(train):

@@ -49,7 +49,11 @@ def test_settings_are_tuned_one_after_the_other():
     assert tried.best() == {"a": 1.0, "b": 9.0}
     told = tried.describe(70)
     assert (told["text"], told["num_words"]) == ("valid", 70)
-    assert {"a": 1.0, "b": 27.0, "cross_entropy": score(a=1, b=27)} in (
+    for a, b in ((1.0, 27.0), (4.0, 9.0)):  # those after it in the middle
+        assert {"a": a, "b": b, "cross_entropy": score(a=a, b=b)} in (
+            told["tried"]
+        )
+    assert {"a": 4.0, "b": 3.0, "cross_entropy": score(a=4, b=3)} not in (
         told["tried"]
     )
 

@@ -111,9 +111,9 @@ def test_unk_of_the_text_and_words_left_out_are_one(
 
 
 @pytest.mark.parametrize("name", ["min_count", "max_size"])
-@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("number", [0, -1, 5.5])
 def test_counts_and_sizes_below_one_are_refused(name, number):
-    message = f"`{name}` must be at least 1; received {number}"
+    message = f"`{name}` must be a whole number, 1 or more; received {number}"
     with pytest.raises(UserError, match=message):
         Vocabulary.from_counts(COUNTS, **{name: number})
 

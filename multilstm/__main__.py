@@ -118,13 +118,14 @@ def _run(options: Common, console: Console) -> dict[str, Any]:
 def _what_to_train(options: Train) -> tuple[dict[str, Any], str | None]:
     """Sizes and dtype, for which a backend may have been chosen."""
     preset = find_preset(options.preset or "small")
-    precision = options.precision
+    precision, max_vocabulary = options.precision, options.max_vocabulary
     config = options.out and options.out / "config.json"
     if options.resume and config and config.exists():
         settings = read_config(config)
         preset, precision = preset_of(settings), settings.get("precision")
+        max_vocabulary = settings.get("max_vocabulary")
     dtype = "bfloat16" if precision == "mixed_bfloat16" else precision
-    shape = preset.shape(max(options.max_vocabulary or 10_000, 1))
+    shape = preset.shape(max(max_vocabulary or 10_000, 1))
     for name in ("batch_size", "sequence_length"):
         shape[name] = max(getattr(options, name) or shape[name], 1)
     return shape, dtype

@@ -29,7 +29,7 @@ from multilstm.dynamic_evaluation import (
     DynamicEvaluator,
     Weights,
 )
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.evaluation import (
     STATE,
     TOKENS,
@@ -488,10 +488,7 @@ def _check(
         ("num_samples", num_samples, 1),
         ("seed", seed, 0),
     ):
-        if number < least:
-            raise UserError(
-                f"`{name}` must be at least {least}; received {number}."
-            )
+        check_whole(name, number, least)
     if "temperature" in methods and model.settings["softmax"] == "adaptive":
         raise UserError(
             "`temperature` divides logits, of which an adaptive softmax has "

@@ -83,6 +83,8 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
     if options.epochs is None:  # not those of runs that are there already
         options.epochs = find_preset(options.preset or "small").epochs
     arguments = []
+    if options.until_perplexity is None:  # likewise; none is lower
+        arguments = ["--until-perplexity", "1"]
     names = ("preset", "corpus", "epochs", "until_perplexity", "seed", "data")
     for name in names:
         value = getattr(options, name)

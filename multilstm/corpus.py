@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.files import (
     cache_folder,
     read_json,
@@ -215,8 +215,8 @@ def _check_options(
 ) -> None:
     numbers = {"min_count": min_count, "max_vocabulary": max_vocabulary}
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UserError(f"`{name}` must be at least 1; received {number}.")
+        if number is not None:
+            check_whole(name, number, 1)
     if unknown not in get_args(UnknownWords):
         raise UserError(
             f"`unknown` must be one of {', '.join(get_args(UnknownWords))}; "

@@ -25,7 +25,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.evaluation import Evaluation, check_text
 from multilstm.layers import reset_carried_state
 from multilstm.model import LanguageModel
@@ -57,11 +57,7 @@ class DynamicEvaluator:
     def __init__(
         self, model: Any, segment_length: int = SEGMENT_LENGTH
     ) -> None:
-        if segment_length < 1:
-            raise UserError(
-                f"`segment_length` must be at least 1; received "
-                f"{segment_length}."
-            )
+        check_whole("segment_length", segment_length, 1)
         self.segment_length = segment_length
         self._source = model
         self._learner: _Learner | None = None

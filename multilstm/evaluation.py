@@ -27,7 +27,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.ops import tf32
 
 logger = logging.getLogger(__name__)
@@ -193,10 +193,7 @@ class Evaluator:
             ("batch_size", batch_size),
             ("sequence_length", sequence_length),
         ):
-            if size < 1:
-                raise UserError(
-                    f"`{name}` must be at least 1; received {size}."
-                )
+            check_whole(name, size, 1)
         build_for_reading(model)
         self.model = model
         self.batch_size = batch_size

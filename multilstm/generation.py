@@ -189,7 +189,8 @@ class _Step(keras.Model):
     """Logits and next states, compiled by Keras."""
 
     def __init__(self, language_model: Any) -> None:
-        super().__init__(name="step")
+        # States come and go in float32, whatever Keras's global policy is.
+        super().__init__(name="step", dtype="float32")
         build_for_reading(language_model)
         self.language_model = language_model
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 
 Floats = NDArray[np.float64]
 
@@ -61,8 +61,7 @@ def cache_probabilities(
     >>> cache_probabilities(features, ids, window=9, theta=1).round(2).tolist()
     [nan, 1.0, 0.0, 0.67]
     """
-    if window < 1:
-        raise UserError(f"`window` must be at least 1; received {window}.")
+    check_whole("window", window, 1)
     if not 0 <= theta < math.inf:
         raise UserError(f"`theta` must be 0 or more; received {theta}.")
     targets = np.asarray(token_ids)[1:]

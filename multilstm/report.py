@@ -234,8 +234,7 @@ def _split(
 
 
 def _title(shape: str, result: Mapping[str, Any]) -> str:
-    of = f"{result['model']}, " if result["model"] else ""
-    return f"{of}{shape}, {result['dtype']}"
+    return f"{shape}, {result['dtype']}"
 
 
 def _curves(

@@ -65,6 +65,11 @@ def score(
         UserError: If the vocabulary has no `<eos>` or lacks a word, with no
             `<unk>` for it.
     """
+    if isinstance(sentences, str):
+        raise UserError(
+            "`sentences` must be several, not one text; received "
+            f"{sentences[:40]!r}. Put it into a list: [sentence]"
+        )
     if END_OF_SENTENCE not in vocabulary:
         raise UserError(
             f"Sentences are scored from {END_OF_SENTENCE!r} on, which the "

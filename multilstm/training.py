@@ -26,7 +26,7 @@ from multilstm.config import DEFAULTS, Precision, Settings, Softmax
 from multilstm.corpus import Corpus
 from multilstm.dataset import LaterBatches, part_of_rows
 from multilstm.devices import CUDA_FORMS, device_and_driver
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.evaluation import Evaluator
 from multilstm.failures import explaining_failures
 from multilstm.files import check_kinds
@@ -193,8 +193,7 @@ def train(
             "KERAS_MAX_STEPS_PER_EPOCH). Unset them; `epochs` and "
             "`train_tokens` do that here."
         )
-    if retries < 0:
-        raise UserError(f"`retries` must be at least 0; received {retries}.")
+    check_whole("retries", retries, 0)
     if minutes is not None and not minutes > 0:
         raise UserError(f"`minutes` must be above 0; received {minutes}.")
     ends_at = time.monotonic() + 60 * (math.inf if minutes is None else minutes)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.files import read_json, read_or_explain, write_text
 
 END_OF_SENTENCE = "<eos>"
@@ -83,10 +83,8 @@ class Vocabulary:
             them (inside `max_size`), counted as often as all of them.
         """
         for name, number in (("min_count", min_count), ("max_size", max_size)):
-            if number is not None and number < 1:
-                raise UserError(
-                    f"`{name}` must be at least 1; received {number}."
-                )
+            if number is not None:
+                check_whole(name, number, 1)
         kept = dict(counts)
         ranked = sorted(kept, key=lambda word: (-kept[word], word))
         room = len(ranked) if max_size is None else max_size
