@@ -320,7 +320,7 @@ def assert_goes_on_from_the_one_before(folder, caplog):
     np.testing.assert_array_equal(model.layers[-1].bias, np.full(4, 1.0))
     [message] = caplog.messages
     assert "last.npz cannot be read" in message
-    assert "going on from the checkpoint before" in message
+    assert "going on from the one kept beside it" in message
     folder.save_checkpoint(model, Progress(HISTORY))  # does not lose it
     assert folder.load_checkpoint(model) == Progress(HISTORY)
 

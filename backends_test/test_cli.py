@@ -677,6 +677,7 @@ def test_compare_shows_a_row_for_each_backend(command, corpus_folder, tmp_path):
     arguments[arguments.index("--epochs") + 1] = 2
     got = record(command(*arguments, "--out", tmp_path / "both")[1])
     assert got["results"][BACKEND]["epochs"] == 2
+    assert json.loads(config.read_text())["until_perplexity"] is None
     status, lines, err = command(
         *arguments, "--preset", "samll", "--out", tmp_path / "none"
     )

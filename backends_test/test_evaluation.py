@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import float32_products
 
 from multilstm import LanguageModel, evaluate, evaluation, ops
+from multilstm.dynamic_evaluation import DynamicEvaluator
 from multilstm.errors import UserError
 from multilstm.evaluation import Evaluation, Evaluator
 
@@ -180,6 +181,44 @@ def test_keras_global_policy_does_not_round_another_models_states(text):
     np.testing.assert_allclose(  # float32 logits
         result.cross_entropy, single_pass(model, text), rtol=1e-6
     )
+
+
+class Halved(LanguageModel):
+    """A model with a `call` of its own."""
+
+    def call(self, token_ids, return_state=False, **arguments):
+        logits, states = super().call(token_ids, return_state=True, **arguments)
+        return (logits / 2, states) if return_state else logits / 2
+
+
+def test_subclass_is_evaluated_by_its_own_call(text):
+    model = Halved(V, units=6, initializer_scale=0.9)
+    model.build((None, None))
+    logits = oracles.language_model(model.get_weights(), text[None, :-1]) / 2
+    expected = math.log(oracles.perplexity(logits, text[1:]))
+    got = evaluate(model, text)
+    np.testing.assert_allclose(got.cross_entropy, expected, rtol=1e-6)
+    [nats] = Evaluator(model).read_apart([text])
+    np.testing.assert_allclose(nats.mean(), expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"without a `call` of.*Halved"):
+        Evaluator(model, with_features=True)
+    with pytest.raises(UserError, match=r"without a `call` of.*Halved"):
+        DynamicEvaluator(model)
+
+
+def test_no_texts_apart_are_no_figures():
+    assert Evaluator(make_model()).read_apart([]) == []
+
+
+def test_layer_in_bfloat16_does_not_have_a_text_read_again(caplog):
+    """Its states have fewer bits than those of the layer before it."""
+    caplog.set_level("INFO")
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+    policies[".*lstm_2.*"] = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
+    model = LanguageModel(V, units=6, dtype=policies, name="language_model")
+    text = np.random.default_rng(0).integers(V, size=3000).astype(np.int32)
+    evaluate(model, text)
+    assert not any("reading again" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 17, 33])

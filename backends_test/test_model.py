@@ -199,6 +199,21 @@ def test_methods_of_a_subclass_are_given_logits(kind, ids):
     assert np.abs(numpy(model.projection.kernel) - kernel).max() > 1e-5
 
 
+def test_method_that_was_set_is_given_logits(ids):
+    shapes = []
+    model = LanguageModel(V, units=6, num_layers=1)
+    compute_metrics = model.compute_metrics
+
+    def look(x, y, y_pred, sample_weight=None):
+        shapes.append(y_pred.shape[-1])
+        return compute_metrics(x, y, y_pred, sample_weight)
+
+    model.compute_metrics = look
+    model.compile("sgd")
+    model.train_on_batch(ids, ids)
+    assert {*shapes} == {V}
+
+
 def test_train_step_of_a_subclass_is_given_inputs_and_targets():
     shapes = []
 
@@ -233,18 +248,18 @@ def test_predictions_are_logits_while_another_thread_evaluates(ids):
     model.compile("sgd")
     model.build((3, None))
     within, done = threading.Event(), threading.Event()
-    compute_loss = model.compute_loss
+    loss = model.projection.negative_log_likelihood
 
     def wait(*arguments, **named):
         within.set()
         assert done.wait(60)
-        return compute_loss(*arguments, **named)
+        return loss(*arguments, **named)
 
-    model.compute_loss = wait
+    model.projection.negative_log_likelihood = wait
     thread = threading.Thread(target=model.test_on_batch, args=(ids, ids))
     thread.start()
-    assert within.wait(60)
     try:
+        assert within.wait(60)
         assert model.predict(ids, verbose=0).shape == (3, ids.shape[1], V)
     finally:
         done.set()

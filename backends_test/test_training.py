@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import h5py
 import keras
@@ -33,8 +33,9 @@ from multilstm import plan as plan_module
 from multilstm import results as results_module
 from multilstm import train as train_run
 from multilstm import training as training_module
-from multilstm.config import preset_of
+from multilstm.config import CONFIG_SCHEMA, preset_of
 from multilstm.errors import UserError, WriteError
+from multilstm.files import write_json
 from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.ops import parallel
 from multilstm.run_folder import RunFolder, draw_curves
@@ -571,38 +572,59 @@ def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     assert math.isfinite(result["test_perplexity"])
 
 
-def test_diverged_run_leaves_a_checkpoint_that_leads_nowhere(
-    train, tmp_path, caplog
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_epoch_begins_anew_where_a_checkpoint_in_it_leads_nowhere(
+    epoch, train, tmp_path, monkeypatch, caplog
 ):
-    """One of finite weights, whose next losses are none at any rate."""
-    result = train(
-        preset="tiny_wild",
-        learning_rate=3e3,
-        retries=20,
-        epochs=1,
-        checkpoint_minutes=0,
-    )
-    assert math.isfinite(result["test_perplexity"])
-    assert any("leads nowhere" in line for line in caplog.messages)
-    assert (tmp_path / "run" / "checkpoint" / "diverged.npz").exists()
+    """One with finite weights, from which no rate leads on."""
+    monkeypatch.setattr(fitting, "steps_per_dispatch", lambda flops: 1)
+    batch_end = keeper_module.Keeper.on_train_batch_end
+    seen, failed = [], []
 
+    def fail_at_the_fourth(self, batch, logs):
+        place = (len(self.history) + 1, self._first_batch + batch + 1)
+        seen.append(place)
+        if place == (epoch, 4) and len(failed) < 2:
+            failed.append(place)
+            logs = {"loss": math.inf}
+        batch_end(self, batch, logs)
 
-def test_diverged_run_goes_back_to_the_begin_of_its_epoch(
-    train, tmp_path, caplog
-):
-    first = train(preset="tiny_wild", learning_rate=0.5, epochs=1)
-    result = train(
-        preset="tiny_wild",
-        learning_rate=3e3,
-        retries=20,
-        epochs=2,
-        checkpoint_minutes=0,
-        resume=True,
+    monkeypatch.setattr(
+        keeper_module.Keeper, "on_train_batch_end", fail_at_the_fourth
     )
-    assert any("leads nowhere" in line for line in caplog.messages)
-    assert result["history"][0] == first["history"][0]
+    result = train(epochs=2, retries=3, checkpoint_minutes=0)
     assert result["epochs"] == 2
-    assert math.isfinite(result["history"][1]["valid_perplexity"])
+    of_epoch = [number for at, number in seen if at == epoch]
+    assert of_epoch[:8] == [1, 2, 3, 4, 4, 1, 2, 3]
+    assert of_epoch[5:] == list(range(1, len(of_epoch) - 4))
+    assert any("the epoch begins anew" in line for line in caplog.messages)
+    assert (tmp_path / "run" / "checkpoint" / "diverged.npz").exists()
+    rate = PRESETS["tiny"].learning_rate / 4
+    assert result["history"][-1]["learning_rate"] <= rate
+
+
+def test_checkpoint_that_leads_on_is_gone_on_from_again(
+    train, monkeypatch, caplog
+):
+    """To fail twice in an epoch, each time after another one, is no reason."""
+    monkeypatch.setattr(fitting, "steps_per_dispatch", lambda flops: 1)
+    batch_end = keeper_module.Keeper.on_train_batch_end
+    seen, failed = [], set()
+
+    def fail_once_at(self, batch, logs):
+        number = self._first_batch + batch + 1
+        seen.append(number)
+        if number in {3, 5} - failed:
+            failed.add(number)
+            logs = {"loss": math.inf}
+        batch_end(self, batch, logs)
+
+    monkeypatch.setattr(
+        keeper_module.Keeper, "on_train_batch_end", fail_once_at
+    )
+    train(epochs=1, retries=3, checkpoint_minutes=0)
+    assert seen[:8] == [1, 2, 3, 3, 4, 5, 5, 6]
+    assert not any("begins anew" in line for line in caplog.messages)
 
 
 def test_diverged_run_keeps_the_end_of_an_epoch(train, tmp_path, caplog):
@@ -616,7 +638,7 @@ def test_diverged_run_keeps_the_end_of_an_epoch(train, tmp_path, caplog):
             epochs=2,
             resume=True,
         )
-    assert not any("leads nowhere" in line for line in caplog.messages)
+    assert not any("begins anew" in line for line in caplog.messages)
 
 
 def test_huge_perplexity_is_drawn(tmp_path):
@@ -665,6 +687,23 @@ def test_rate_that_was_asked_for_is_noted_however_often_it_is_halved(
     with pytest.raises(DivergedError):
         train(learning_rate=3e3, retries=2)
     assert calls == [(3e3, None), (375.0, 3e3), (375.0, 3e3)]
+
+
+def test_rate_that_was_asked_for_outlasts_retries_without_one(tmp_path):
+    """By `--resume` alone; the first command, given again, still tells it."""
+    folder = RunFolder(tmp_path)
+    config = {"preset_settings": asdict(PRESETS["small"]), "preset": "small"}
+    config |= {"learning_rate": 375.0, "halved_from": 3e3}
+    write_json(folder.config, {"schema": CONFIG_SCHEMA} | config)
+    for given, rate, halved_from in (
+        ({"learning_rate": 187.5, "halved_from": None}, 187.5, 3e3),
+        ({"learning_rate": 3e3}, 375.0, 3e3),
+        ({"learning_rate": 1.0}, 1.0, None),
+        ({}, 375.0, 3e3),
+    ):
+        settings, _ = plan_module.read_plan(folder, given)
+        assert settings["learning_rate"] == rate
+        assert settings["halved_from"] == halved_from
 
 
 @pytest.mark.parametrize(("stopped", "times"), [(False, 3), (True, 1)])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
 from multilstm.errors import UserError, check_whole
-from multilstm.evaluation import Evaluation, check_text
+from multilstm.evaluation import Evaluation, check_features, check_text
 from multilstm.layers import reset_carried_state
 from multilstm.model import LanguageModel
 from multilstm.ops import tf32
@@ -58,6 +58,7 @@ class DynamicEvaluator:
         self, model: Any, segment_length: int = SEGMENT_LENGTH
     ) -> None:
         check_whole("segment_length", segment_length, 1)
+        check_features(model)
         self.segment_length = segment_length
         self._source = model
         self._learner: _Learner | None = None

@@ -148,6 +148,27 @@ def evaluate(
     return Evaluator(model, batch_size, sequence_length)(token_ids)
 
 
+def gives_features(model: Any) -> bool:
+    """Whether a model is a `LanguageModel` that predicts as those do.
+
+    A subclass with a `call` of its own may predict otherwise.
+    """
+    return hasattr(model, "read") and model.keeps_methods("call")
+
+
+def check_features(model: Any) -> None:
+    """Refuses what needs features from a model that may not predict by them.
+
+    Raises:
+        UserError: As it says.
+    """
+    if not gives_features(model):
+        raise UserError(
+            "This needs a LanguageModel without a `call` of its own; received "
+            f"a {type(model).__name__}. Evaluate it as it is."
+        )
+
+
 def build_for_reading(model: Any) -> None:
     """Builds a `LanguageModel` that is not built, for any number of rows.
 
@@ -194,6 +215,8 @@ class Evaluator:
             ("sequence_length", sequence_length),
         ):
             check_whole(name, size, 1)
+        if with_features or training:
+            check_features(model)
         build_for_reading(model)
         self.model = model
         self.batch_size = batch_size
@@ -243,6 +266,8 @@ class Evaluator:
             For each text the nats of all its words but the first, float32 of
             shape `(num_tokens - 1,)`.
         """
+        if not texts:
+            return []
         for text in texts:
             check_text(text, self.model.vocabulary_size)
         nats: dict[int, NDArray[np.float32]] = {}
@@ -267,7 +292,7 @@ class Evaluator:
             for row, place in zip(
                 np.concatenate(outputs, axis=1), places, strict=False
             ):
-                nats[place] = row[: len(texts[place]) - 1]
+                nats[place] = row[: len(texts[place]) - 1].copy()
         return [nats[place] for place in range(len(texts))]
 
     def _fold(self, token_ids: NDArray[np.int32]) -> ContinuousStreams:
@@ -333,8 +358,9 @@ class Evaluator:
         self, left: States, right: States, streams: ContinuousStreams
     ) -> bool:
         """Whether states are the same; of numbers that are none, they are."""
-        tolerance = _STATE_TOLERANCES.get(
-            self._chunk.state_dtype, _STATE_TOLERANCE
+        tolerance = max(
+            _STATE_TOLERANCES.get(dtype, _STATE_TOLERANCE)
+            for dtype in self._chunk.state_dtypes
         )
         return not _largest_difference(left, right, streams) > tolerance
 
@@ -356,14 +382,15 @@ class _Chunk(keras.Model):
     ) -> None:
         # States come and go in float32, whatever Keras's global policy is.
         super().__init__(name="chunk", dtype="float32")
-        self.state_dtype = "float32"  # that of the model's own, once called
+        # Those of the model's own, once called.
+        self.state_dtypes = ["float32"]
         self.language_model = language_model
         self.with_features = with_features
         self.with_dropout = training
 
     def call(self, chunk: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         token_ids, targets, states = chunk
-        if hasattr(self.language_model, "read"):
+        if gives_features(self.language_model):
             features, states = self.language_model.read(
                 token_ids, states, training=self.with_dropout
             )
@@ -386,7 +413,9 @@ class _Chunk(keras.Model):
                     targets, ops.cast(logits, "float32"), from_logits=True
                 )
             ]
-        self.state_dtype = ops.dtype(states[0][0])
+        self.state_dtypes = [
+            ops.dtype(state) for layer in states for state in layer
+        ]
         return outputs, [
             tuple(ops.cast(state, "float32") for state in layer)
             for layer in states

@@ -48,7 +48,8 @@ class DivergedError(UserError):
     Attributes:
         learning_rate: The one that was too high, as settings have it.
         asked_to_stop: Whether a person had stopped the run.
-        kept: The checkpoint that there is, if it is within an epoch.
+        kept: Of the checkpoint that there is, if it is within an epoch, how
+            many epochs and batches it is after.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DivergedError(UserError):
         message: str,
         learning_rate: float,
         asked_to_stop: bool,
-        kept: str = "",
+        kept: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.learning_rate = learning_rate
@@ -95,7 +96,7 @@ class Keeper(keras.callbacks.Callback):
         self.num_batches = begun.num_batches
         self.seconds = begun.seconds
         self.kept = _describe(begun)  # what the checkpoint holds
-        self.kept_within_epoch = begun.num_batches > 0
+        self.kept_batches = begun.num_batches
         self.plan = plan
         self.steps_per_epoch = 0  # of the epoch in hand, see `begin_epoch`
         self.tokens_per_step = 0.0
@@ -338,7 +339,7 @@ class Keeper(keras.callbacks.Callback):
         )
         self.folder.save_checkpoint(self.model, reached)
         self.kept = _describe(reached)
-        self.kept_within_epoch = reached.num_batches > 0
+        self.kept_batches = reached.num_batches
 
     def _save_best(self, epoch: int, valid_perplexity: float) -> None:
         # Keras would save the optimizer of a model that is compiled too,
@@ -382,11 +383,6 @@ class Keeper(keras.callbacks.Callback):
                 f"the checkpoint after {self.kept} is kept in "
                 f"{self.folder.checkpoint}"
             )
-        if self.kept_within_epoch:
-            kept += (
-                " (if it leads here again, remove it: the run goes on from "
-                f"{self.folder.previous_checkpoint.name})"
-            )
         raise DivergedError(
             f"The loss must stay a finite number; it became {value} in epoch "
             f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
@@ -394,7 +390,9 @@ class Keeper(keras.callbacks.Callback):
             "for a run that goes on with --resume.",
             self.plan.learning_rate,
             self.asked_to_stop,
-            self.kept if self.kept_within_epoch else "",
+            (len(self.history), self.kept_batches)
+            if self.kept_batches
+            else None,
         )
 
 

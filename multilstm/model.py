@@ -558,9 +558,10 @@ class LanguageModel(TextModel):
         )
 
     def keeps_methods(self, *names: str) -> bool:
-        """Whether a subclass leaves these methods as they are."""
+        """Whether a subclass, or what was set, leaves methods as they are."""
         return all(
             getattr(type(self), name) is getattr(LanguageModel, name)
+            and name not in vars(self)
             for name in names
         )
 

@@ -43,10 +43,12 @@ def _settings_to_resume(
     preset = preset_of(config)
     settings = {name: config[name] for name in DEFAULTS}
     asked = given.get("learning_rate")
-    is_again = asked is not None and asked == config["halved_from"]
-    if asked is not None and not is_again:  # another, if not by `retries`
-        given = {"halved_from": None} | given
-    if is_again and "halved_from" not in given:
+    given = dict(given)
+    if "halved_from" in given:  # by `retries`; None stays as it was
+        given["halved_from"] = given["halved_from"] or config["halved_from"]
+    elif asked is not None and asked != config["halved_from"]:
+        given["halved_from"] = None
+    elif asked is not None:
         # The same command as before its rate had proved too high.
         given = {k: v for k, v in given.items() if k != "learning_rate"}
         logger.warning(

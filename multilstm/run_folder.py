@@ -4,8 +4,8 @@
     history.csv           one row an epoch            curves.png
     checkpoint/last.npz   to go on from: weights, optimizer, carried state,
                           random state, position in the data, history
-    checkpoint/previous.npz    that of the epoch's begin, should the last be
-                          damaged or lead nowhere
+    checkpoint/previous.npz    that of the epoch's begin (in the first epoch the
+                          first that was made), should the last be damaged
     best.weights.h5       the weights with the lowest validation perplexity
     result.json           the figures, when training has ended
     adapted.json          those of `multilstm evaluate --adapt`
@@ -342,23 +342,33 @@ class RunFolder:
                 self.checkpoint.replace(self.previous_checkpoint)
         self._last_ends_epoch = not about["num_batches"]
 
-    def set_checkpoint_aside(self) -> None:
-        """Renames the checkpoint that would be gone on from."""
+    def go_back_to_epoch(self, *, is_first: bool) -> None:
+        """Sets the last checkpoint aside, which is within an epoch.
+
+        Args:
+            is_first: Whether no epoch was completed: then no other is left.
+        """
         if not self.devices.rank:
             last = self.checkpoint
-            if not last.exists():
-                last = self.previous_checkpoint
             aside = last.with_name("diverged.npz")
-            last.replace(aside)
+            if last.exists():
+                last.replace(aside)
+            if is_first:
+                self.previous_checkpoint.unlink(missing_ok=True)
             flush_folder(last.parent)
-            logger.warning("%s leads nowhere; it is now %s.", last, aside.name)
+            logger.warning(
+                "%s has led to no number twice; it is now %s, and the epoch "
+                "begins anew.",
+                last,
+                aside.name,
+            )
         self.devices.total(0)  # the others wait for it
 
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.
 
-        Where the last checkpoint is damaged the one before is taken, and a
-        warning says so.
+        Where the last checkpoint is damaged the one kept beside it is taken,
+        and a warning says so.
 
         Raises:
             UserError: If there is none, both are damaged, or what there is
@@ -378,7 +388,7 @@ class RunFolder:
                 last.replace(damaged)
                 flush_folder(last.parent)
             logger.warning(
-                "%s It is now %s; going on from the checkpoint before it.",
+                "%s It is now %s; going on from the one kept beside it.",
                 error,
                 damaged,
             )

@@ -135,7 +135,9 @@ def train(
             crash costs no more than this; 0 for one after each batch, or
             group of batches. Default: 10.
         retries: How often a run whose loss is no number any more goes back
-            to its last checkpoint and on at half the learning rate.
+            to its last checkpoint and on at half the learning rate. One
+            within an epoch that leads there twice is left: the epoch begins
+            anew.
         minutes: Begin no epoch that would end later than this after the
             call, judged by the last one; then the figures are taken, which
             is not counted, as at the end. One epoch is trained in any case,
@@ -203,7 +205,7 @@ def train(
     _warn_of_unseen_gpu()
     folder = RunFolder(out or _default_folder(given), group)
     asked = given.get("learning_rate")
-    kept, is_stuck = "", False
+    kept, goes_back_to = None, None
     with explaining_failures():
         while True:
             try:
@@ -212,7 +214,7 @@ def train(
                     given,
                     data_folder=data_folder,
                     resume=resume,
-                    is_stuck=is_stuck,
+                    goes_back_to=goes_back_to,
                     ends_at=ends_at,
                     progress=progress,
                 )
@@ -222,10 +224,10 @@ def train(
                     raise
                 retries -= 1
                 resume = True
-                is_stuck = bool(kept) and error.kept == kept
-                kept = error.kept
-                if asked is not None:
-                    given["halved_from"] = asked
+                goes_back_to, before, kept = None, kept, error.kept
+                if kept is not None and kept == before:
+                    goes_back_to, kept = kept[0], None
+                given["halved_from"] = asked
                 given["learning_rate"] = error.learning_rate / 2
                 logger.warning(  # of the text alone: what logs may keep it
                     "%s This is done now, at %g.",
@@ -242,14 +244,14 @@ def _train(
     *,
     data_folder: str | Path | None,
     resume: bool,
-    is_stuck: bool,
+    goes_back_to: int | None,
     ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
     """Trains from the beginning or from where the run of a folder is.
 
-    A checkpoint within an epoch that has led to no numbers twice may have gone
-    wrong itself: then the one before is gone on from.
+    From a checkpoint within an epoch that has led to no number twice, and may
+    have gone wrong itself, the run goes back to after so many whole epochs.
     """
     exists = folder.devices.from_first(folder.config.exists())
     resuming = resume and bool(exists)
@@ -260,14 +262,16 @@ def _train(
     else:
         settings = DEFAULTS | given
         plan = make_plan(settings, find_preset(settings["preset"]))
+    if settings["until_perplexity"] == 1:  # which nothing reaches: none
+        settings["until_perplexity"] = None
     if settings["precision"] is None:
         settings["precision"] = "tf32" if has_gpu() else "float32"
     data = load_corpus_of(settings, data_folder)
     check_trainable(plan, settings, data, folder.devices, is_new=not resuming)
     _check_all_train_the_same(folder.devices, settings, plan, data)
     with folder.held(), tf32(settings["precision"] != "float32"):
-        if is_stuck:
-            folder.set_checkpoint_aside()
+        if goes_back_to is not None:
+            folder.go_back_to_epoch(is_first=goes_back_to == 0)
         return _train_held(
             folder,
             settings,
