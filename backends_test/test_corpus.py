@@ -755,6 +755,46 @@ def test_a_changed_text_is_encoded_anew(split, write):
     assert words_of(data, split) == read_it_whole(text.encode())
 
 
+def test_text_that_changes_while_it_is_read_is_not_kept(
+    write, own_cache, monkeypatch
+):
+    """Or the ids of another would be taken for it from then on."""
+    folder = write()
+    encode = corpus._encode
+
+    def change_and_encode(*arguments):
+        write(train="cat cat cat mat\n")
+        return encode(*arguments)
+
+    monkeypatch.setattr(corpus, "_encode", change_and_encode)
+    with pytest.raises(UserError, match=r"train\.txt must stay as it is"):
+        load_corpus(folder)
+    assert names_in(own_cache / "encoded") == []
+    monkeypatch.undo()
+    assert ids_of(load_corpus(write())) == IDS
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no umask")
+def test_cache_can_be_read_by_whoever_may_read_its_folder(write, own_cache):
+    before = os.umask(0o022)
+    try:
+        load_corpus(write())
+    finally:
+        os.umask(before)
+    (entry,) = (own_cache / "encoded").iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o755
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(write, own_cache):
+    old, new = (own_cache / "encoded" / f".new-{age}" for age in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    load_corpus(write())
+    assert not old.exists()
+    assert new.exists()
+
+
 @pytest.mark.parametrize(
     "arguments", [{"min_count": 2}, {"max_vocabulary": 2}], ids=str
 )

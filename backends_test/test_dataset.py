@@ -484,3 +484,14 @@ def test_short_streams_have_the_length_that_they_were_asked_for():
     assert set(lengths[:-1]) <= {3}
     lengths = VariableStreams(np.arange(101), 1, 2, std=0.0).lengths
     assert set(lengths) == {1}
+
+
+@pytest.mark.parametrize("kind", [ContinuousStreams, NextWordWindows])
+def test_small_numpy_integers_do_not_overflow(kind):
+    text = np.arange(60_000, dtype=np.int32)
+    how = {"drop_remainder": True} if kind is ContinuousStreams else {}
+    batches = kind(text, np.int16(300), np.int16(150), **how)
+    expected = kind(text, 300, 150, **how)
+    assert len(batches) == len(expected) >= 1
+    for got, wanted in zip(batches[0], expected[0], strict=True):
+        np.testing.assert_array_equal(got, wanted)

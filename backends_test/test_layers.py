@@ -765,6 +765,32 @@ def test_carried_state_stays_float32_in_mixed_precision(x):
     )
 
 
+def test_little_by_little_adds_up_in_a_carried_cell():
+    """A 256th of it in each batch, of which bfloat16 keeps none from 1 on."""
+    layer = LSTM(1, carry_state=True, dtype="mixed_bfloat16")
+    layer.build((1, 1, 1))
+    zeros = np.zeros((1, 4), np.float32)
+    layer.set_weights([zeros, zeros, np.array([20, 20, 1 / 256, 0])])
+    for _ in range(400):
+        layer(np.zeros((1, 1, 1), np.float32))
+    # The candidate is tanh(1 / 256), rounded to bfloat16.
+    got = keras.ops.convert_to_numpy(layer.carried.c)
+    np.testing.assert_allclose(got, 400 / 256, rtol=1e-2)
+
+
+def test_one_seed_gives_two_masks():
+    layer = LSTM(8, dropout=0.5, weight_dropout=0.5, seed=3)
+    ones = np.ones((8, 1, 8), np.float32)
+    of_inputs, of_weights = (
+        keras.ops.convert_to_numpy(drop(values, training=True)).reshape(8, 8)
+        for drop, values in (
+            (layer.input_dropout, ones),
+            (layer.weight_drop, ones[:, 0]),
+        )
+    )
+    assert 0.2 < np.mean(of_inputs == of_weights) < 0.8
+
+
 # Embedding
 
 

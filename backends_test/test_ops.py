@@ -847,6 +847,21 @@ def test_masks_follow_from_the_seed_and_have_their_share(noise_shape):
         assert abs((first == unlike).mean() - 0.625) < 5 * 0.485 * draws
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="others have no autocast")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cell_state_adds_up_under_autocast(dtype):
+    """A 256th in each of 400 steps, of which bfloat16 keeps none from 1 on."""
+    import torch
+
+    shapes = ((1, 400, 1), (1, 1), (1, 1), (1, 4), (1, 4))
+    zeros = [torch.zeros(shape) for shape in shapes]
+    bias = torch.tensor([20, 20, 1 / 256, 0])
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        _, _, c = ops.lstm(*zeros, bias)
+    assert c.dtype == torch.float32  # as of Keras's layer
+    np.testing.assert_allclose(c.item(), 400 * np.tanh(1 / 256), rtol=1e-4)
+
+
 # Optimizers -------------------------------------------------------------------
 
 
@@ -890,6 +905,21 @@ def run_optimizer(optimizer, *, transposed=False):
         keras.ops.convert_to_numpy(variable)
         for variable in (*variables, *optimizer.variables)
     ]
+
+
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+def test_norm_that_is_no_number_makes_all_weights_none(kind, wrong):
+    """As Keras's clipping: a step that does nothing would go unnoticed."""
+    variables = [keras.Variable(np.ones(n, np.float32)) for n in (3, 2)]
+    optimizer = getattr(keras.optimizers, kind)(0.1, global_clipnorm=0.5)
+    optimizer.build(variables)
+    ops.fuse_optimizer(optimizer)
+    gradients = [np.ones(3, np.float32), np.ones(2, np.float32)]
+    gradients[0][1] = wrong
+    optimizer.apply([keras.ops.convert_to_tensor(g) for g in gradients])
+    for variable in variables:
+        assert np.isnan(keras.ops.convert_to_numpy(variable)).all()
 
 
 @pytest.mark.parametrize("is_turned", [False, True])
@@ -1036,6 +1066,52 @@ def test_large_logits_neither_overflow_nor_vanish(rng, words_a_chunk):
     expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
     for gradient, truth in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, truth, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_words_may_be_forbidden_by_their_bias(rng, words_a_chunk):
+    """All of a chunk's, of which then no logit is a number to go on from."""
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+    bias[:5] = -np.inf
+    targets = (targets % 6 + 5).astype(np.int32)
+    nll = ops.linear_cross_entropy(
+        *map(keras.ops.convert_to_tensor, (features, kernel, bias, targets)),
+        max_logits_bytes=4 * 6 * words_a_chunk,
+    )
+    expected = oracles.negative_log_likelihood(
+        (features @ kernel + bias)[:, 5:], targets - 5
+    )
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(nll), expected, **FLOAT32
+    )
+
+
+@pytest.mark.parametrize("target", [-100, 11])
+@pytest.mark.parametrize("words_a_chunk", [11, 4])
+def test_target_that_is_no_word_is_not_counted_as_one(
+    rng, words_a_chunk, target
+):
+    arrays, targets = draw_projection(rng, 6, 3, 11)
+    targets[1] = target
+    arguments = [
+        *map(keras.ops.convert_to_tensor, arrays),
+        keras.ops.convert_to_tensor(targets, "int32"),
+    ]
+
+    def nll():
+        return keras.ops.convert_to_numpy(
+            ops.linear_cross_entropy(
+                *arguments, max_logits_bytes=4 * 6 * words_a_chunk
+            )
+        )
+
+    if BACKEND != "jax" and words_a_chunk == 11:  # at once, by the framework
+        with pytest.raises(Exception, match=r"out of bounds|does not index"):
+            nll()
+        return
+    got = nll()
+    assert np.isnan(got[1])
+    assert np.isfinite(np.delete(got, 1)).all()
 
 
 @pytest.mark.parametrize("words_a_chunk", [11, 4])

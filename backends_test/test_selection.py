@@ -85,6 +85,24 @@ def test_keras_json_is_looked_for_in_the_home_folder(
     assert select_backend() == ("torch", str(path))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there is no /tmp")
+def test_keras_json_is_in_tmp_where_no_home_can_be_written_to(
+    machine, monkeypatch, tmp_path
+):
+    """As Keras has it, whether there is such a folder or not."""
+    machine()
+    monkeypatch.delenv("KERAS_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    assert selection.keras_json() == Path("/tmp/.keras/keras.json")
+
+
+def test_keras_json_that_cannot_be_read_is_told(machine, tmp_path):
+    machine()
+    (tmp_path / "keras.json").mkdir()
+    with pytest.raises(UserError, match=r"keras\.json must be a file that can"):
+        select_backend()
+
+
 def test_what_cannot_be_taken_is_refused(machine):
     for asked, around, message in (
         ("theano", {}, r"jax, torch, tensorflow; --backend says 'theano'\."),

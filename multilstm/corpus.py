@@ -16,11 +16,13 @@ import logging
 import os
 import pydoc_data.topics
 import re
+import secrets
 import shutil
-import tempfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -72,6 +74,7 @@ _CHUNK = 1 << 20  # characters read at once
 _MARKS_OF_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LARGEST_DOWNLOAD = 8 << 20  # bytes; the largest file has 5.1 million
 _THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+_SECONDS_OF_A_DAY = 86_400
 _LONGEST_WORD = 1 << 20  # characters; more is no text
 _ENCODED = ("vocabulary.json", *(f"{split}.npy" for split in SPLITS))
 _CHECKSUMS = "checksums.json"
@@ -237,10 +240,24 @@ class _TextFile:
     def sha256(self) -> str:
         def digest() -> str:
             with self.path.open("rb") as file:
+                self._identity = _identify(os.fstat(file.fileno()))
                 return hashlib.file_digest(file, "sha256").hexdigest()
 
         sha256: str = read_or_explain(self.path, digest)
         return sha256
+
+    def check_unchanged(self) -> None:
+        """Refuses what is not the text any more of which the checksum is.
+
+        Raises:
+            UserError: As it says.
+        """
+        status = read_or_explain(self.path, self.path.stat)
+        if _identify(status) != self._identity:
+            raise UserError(
+                f"{self.path} must stay as it is while it is read; it was "
+                "changed. Load it again."
+            )
 
     def batches(self) -> Iterator[list[str]]:
         """Lists of words, one list a chunk of the file."""
@@ -275,8 +292,16 @@ class _Lines:
         text = "\n".join(" ".join(words) for words in self.lines)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """It is in memory."""
+
     def batches(self) -> Iterator[list[str]]:
         yield from self.lines
+
+
+def _identify(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file that has changed."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _NotTextError(Exception):
@@ -537,6 +562,7 @@ def _encode(
             size -= sum(missing.values())
         batches = text.batches()
         store(split, size, (vocabulary.encode(b, unknown) for b in batches))
+        text.check_unchanged()
     return vocabulary
 
 
@@ -550,7 +576,13 @@ def _count(batches: Iterable[list[str]]) -> Counter[str]:
 def _write_cache(folder: Path, encode: Callable[[_Store], Vocabulary]) -> None:
     """Encodes into a temporary folder, which is renamed when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    for left in folder.parent.glob(".new-*"):  # by a process that was killed
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > _SECONDS_OF_A_DAY:
+                shutil.rmtree(left)
+    # With the rights of any folder: a cache may be for several users.
+    temporary = folder.with_name(f".new-{secrets.token_hex(8)}")
+    temporary.mkdir()
 
     def on_disk(
         split: str, size: int, batches: Iterator[NDArray[np.int32]]

@@ -96,8 +96,10 @@ class NextWordWindows(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        self.sequence_length = _positive("sequence_length", sequence_length)
-        self.batch_size = _positive("batch_size", batch_size)
+        sequence_length = self.sequence_length = _positive(
+            "sequence_length", sequence_length
+        )
+        batch_size = self.batch_size = _positive("batch_size", batch_size)
         if skip_step is None:
             skip_step = sequence_length
         self.skip_step = _positive("skip_step", skip_step)
@@ -196,8 +198,10 @@ class ContinuousStreams(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        self.sequence_length = _positive("sequence_length", sequence_length)
-        self.batch_size = _positive("batch_size", batch_size)
+        sequence_length = self.sequence_length = _positive(
+            "sequence_length", sequence_length
+        )
+        batch_size = self.batch_size = _positive("batch_size", batch_size)
         self.drop_remainder = drop_remainder
         num_targets = len(self.token_ids) - 1
         needed = sequence_length * batch_size if drop_remainder else 1
@@ -324,8 +328,10 @@ class VariableStreams(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        self.sequence_length = _positive("sequence_length", sequence_length)
-        self.batch_size = _positive("batch_size", batch_size)
+        sequence_length = self.sequence_length = _positive(
+            "sequence_length", sequence_length
+        )
+        batch_size = self.batch_size = _positive("batch_size", batch_size)
         bucket = min(_positive("bucket", bucket), sequence_length)
         if not (0 <= std < math.inf and 0 <= half_share <= 1):
             raise UserError(

@@ -202,7 +202,10 @@ class LSTM(keras.layers.Layer):
         )
         self.weight_dropout = weight_dropout
         self.weight_drop = Dropout(
-            weight_dropout, seed=seed, dtype=self.dtype_policy
+            weight_dropout,
+            # Of one seed both masks would be the same.
+            seed=seed + 1 if seed is not None and dropout else seed,
+            dtype=self.dtype_policy,
         )
         self.carried: _CarriedState | None = None
         if carry_state:
@@ -275,11 +278,9 @@ class LSTM(keras.layers.Layer):
             return _of_each_row(states, sequences, self.units)
         if self.carried is None:
             return self.get_initial_state(ops.shape(sequences)[0])
-        h, c = (
-            ops.cast(state, self.compute_dtype)
-            for state in self.carried.read(sequences)
-        )
-        return h, c
+        h, c = self.carried.read(sequences)
+        # What is added to c in each batch may be too little for fewer bits.
+        return ops.cast(h, self.compute_dtype), c
 
     def read_weights(self, training: bool | None) -> tuple[Any, Any, Any]:
         """Kernel, recurrent kernel and bias, as `ops.lstm` takes them."""

@@ -136,9 +136,12 @@ def chosen_backend(
 
 
 def keras_json() -> Path:
-    """Where Keras keeps its own default."""
-    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    return home / "keras.json"
+    """Where Keras keeps its own default, by its own rule."""
+    if home := os.environ.get("KERAS_HOME"):
+        return Path(home) / "keras.json"
+    of_user = os.path.expanduser("~")  # noqa: PTH111 (it needs no user)
+    base = of_user if os.access(of_user, os.W_OK) else "/tmp"
+    return Path(base) / ".keras" / "keras.json"
 
 
 def write_keras_json(backend: str) -> Path:
@@ -154,8 +157,9 @@ def write_keras_json(backend: str) -> Path:
 
 
 def _read_keras_json(path: Path) -> dict[str, Any]:
+    content = read_or_explain(path, path.read_bytes)
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(content)
         if not isinstance(settings, dict):
             raise ValueError(f"it is {type(settings).__name__}")
     except ValueError as error:

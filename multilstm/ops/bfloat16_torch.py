@@ -57,7 +57,7 @@ def lstm(
     function = _Loop if is_large else _OneDNN
     arguments = (x.transpose(0, 1), h0, c0, kernel, recurrent_kernel, bias)
     y, h, c = function.apply(torch.is_grad_enabled(), *arguments)
-    return y.transpose(0, 1), h, c.to(x.dtype)
+    return y.transpose(0, 1), h, c.to(c0.dtype)
 
 
 def _prepare(

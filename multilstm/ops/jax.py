@@ -141,8 +141,9 @@ def _cudnn(
         dropout=0.0,
         bidirectional=False,
     )
-    y, h, c = (_row_major(output).astype(x.dtype) for output in (y, h, c))
-    return y, list(zip(h, c, strict=True))
+    y, h, c = map(_row_major, (y, h, c))
+    ends = zip(h.astype(x.dtype), c.astype(c0.dtype), strict=True)
+    return y.astype(x.dtype), list(ends)
 
 
 def _row_major(array: Any) -> Any:
@@ -260,6 +261,8 @@ def linear_cross_entropy(
         max_logits_bytes = reference.default_logits_bytes(_device_memory())
     size = reference.chunk_size(targets.size, kernel.shape[1], max_logits_bytes)
     nll = _cross_entropy(features, kernel, bias, targets, size)
+    is_word = (targets >= 0) & (targets < kernel.shape[1])
+    nll = jnp.where(is_word, nll, jnp.nan)
     if weights is not None:
         nll = nll * weights
     return nll.reshape(shape)
@@ -295,8 +298,9 @@ def _cross_entropy_forward(
 
     rows = jnp.arange(len(targets))
     zeros = jnp.zeros(len(targets), _float32)
+    lowest = zeros + jnp.finfo(_float32).min  # -inf less itself is no number
     largest, total, chosen, exponentials = _for_chunks(
-        add, (zeros - jnp.inf, zeros, zeros, None), kernel.shape[1], size
+        add, (lowest, zeros, zeros, None), kernel.shape[1], size
     )
     log_total = largest + jnp.log(total)
     if exponentials is None:

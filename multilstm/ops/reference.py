@@ -233,7 +233,8 @@ def linear_cross_entropy(
         bias: Shape `(vocabulary,)`.
         targets: int32 tensor of shape `(...)`.
         weights: Of each target, shape `(...)`, or None. A target with weight
-            0 counts nothing and may be any number.
+            0 counts nothing and may be any number; another that is no word
+            costs NaN, or is refused.
         max_logits_bytes: Size of a chunk of logits in float32. Default: a
             128th of the device's memory. The reference does not chunk.
 

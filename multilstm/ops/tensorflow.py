@@ -142,7 +142,8 @@ def _cudnn(
         time_major=True,
         is_training=True,  # keeps what the gradient needs
     )
-    y, h, c = (tf.cast(output, x.dtype) for output in (_time_first(y), h, c))
+    y, h = (tf.cast(output, x.dtype) for output in (_time_first(y), h))
+    c = tf.cast(c, states[0][1].dtype)
     return y, [(h[layer], c[layer]) for layer in range(len(weights))]
 
 
@@ -346,6 +347,8 @@ def linear_cross_entropy(
         or reference.default_logits_bytes(gpu_memory() if has_gpu() else None),
     )
     nll = _cross_entropy(features, kernel, bias, targets, size)
+    is_word = (targets >= 0) & (targets < kernel.shape[1])
+    nll = tf.where(is_word, nll, float("nan"))
     if weights is not None:
         nll = nll * weights
     return tf.reshape(nll, shape)
@@ -405,14 +408,15 @@ def _read_chunks(
     if len(starts) == 1:
         return _read_at_once(features, kernel, bias, targets)
     total = tf.zeros_like(targets, tf.float32)
-    largest, chosen = total - float("inf"), total
+    # Not from -inf on: less itself it is no number.
+    largest, chosen = total + tf.float32.min, total
     for first in starts:
         # One after another, so that one chunk of logits is there at a time.
         with tf.control_dependencies([total]):
             part = slice(first, first + starts.step)
             logits = _logits(features, kernel[:, part], bias[part])
             places, is_here = _places(targets, first, logits.shape[1])
-            chosen += tf.gather_nd(logits, places) * is_here
+            chosen += tf.where(is_here > 0, tf.gather_nd(logits, places), 0.0)
             new_largest = tf.maximum(largest, tf.reduce_max(logits, 1))
             # Last, so that it takes the place of the logits in memory.
             with tf.control_dependencies([chosen, new_largest]):
@@ -631,9 +635,10 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> Any:
     if not optimizer.global_clipnorm:
         return None
     norm = tf.linalg.global_norm(gradients)
-    return optimizer.global_clipnorm / tf.maximum(
+    scale = optimizer.global_clipnorm / tf.maximum(
         norm, optimizer.global_clipnorm
     )
+    return scale + (norm - norm)  # of an infinite norm NaN, as Keras's
 
 
 def steps_per_dispatch(flops: float) -> int:

@@ -4,7 +4,7 @@ import importlib
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
@@ -134,7 +134,10 @@ def lstm_stack(
             [tuple(s.float() for s in state) for state in states],
             [tuple(w.float() for w in layer) for layer in weights],
         )
-        narrow = [tuple(s.to(x.dtype) for s in state) for state in ends]
+        narrow = [
+            (h.to(x.dtype), c.to(c0.dtype))
+            for (h, c), (_, c0) in zip(ends, states, strict=True)
+        ]
         return y.to(x.dtype), narrow
     sizes = {recurrent.shape[0] for _, recurrent, _ in weights}
     if len(weights) > 1 and (
@@ -148,18 +151,24 @@ def lstm_stack(
         )
     ):
         return reference.stack(lstm, x, states, weights)
-    y, h, c = _observe(
-        torch.lstm,
-        x,
-        tuple(torch.stack(state) for state in zip(*states, strict=True)),
-        _in_torchs_order(weights),
-        has_biases=True,
-        num_layers=len(weights),
-        dropout=0.0,
-        train=torch.is_grad_enabled(),
-        bidirectional=False,
-        batch_first=True,
+    kind = x.device.type
+    # It would have the cell state in bfloat16, too.
+    is_autocast = (
+        not torch.compiler.is_compiling() and torch.is_autocast_enabled(kind)
     )
+    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
+        y, h, c = _observe(
+            torch.lstm,
+            x,
+            tuple(torch.stack(state) for state in zip(*states, strict=True)),
+            _in_torchs_order(weights),
+            has_biases=True,
+            num_layers=len(weights),
+            dropout=0.0,
+            train=torch.is_grad_enabled(),
+            bidirectional=False,
+            batch_first=True,
+        )
     return y, list(zip(h, c, strict=True))
 
 
@@ -413,6 +422,9 @@ def linear_cross_entropy(
         max(targets.numel(), 1), kernel.shape[1], max_logits_bytes
     )
     nll = _CrossEntropy.apply(features, kernel, bias, targets, size)
+    if size < kernel.shape[1]:  # else PyTorch refuses it
+        is_word = (targets >= 0) & (targets < kernel.shape[1])
+        nll = nll.where(is_word, torch.nan)
     if weights is not None:
         nll = nll * weights
     return nll.reshape(shape)
@@ -444,14 +456,15 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, features: Any, kernel: Any, bias: Any, targets: Any, size: int
     ) -> Any:
         ctx.size = size
-        largest = torch.full_like(targets, -torch.inf, dtype=torch.float32)
+        lowest = torch.finfo(torch.float32).min  # -inf less itself is no number
+        largest = torch.full_like(targets, lowest, dtype=torch.float32)
         largest = largest[:, None]
         total = torch.zeros_like(largest)
         chosen = torch.zeros_like(largest)
         for first in range(0, kernel.shape[1], size):
             logits = _logits(features, kernel, bias, first, size)
             places, is_here = _places(targets, first, logits.shape[1])
-            chosen += logits.gather(1, places) * is_here
+            chosen += logits.gather(1, places).where(is_here, 0.0)
             new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
             exponentials = logits.sub_(new_largest).exp_()
             total = total * (largest - new_largest).exp_()
@@ -635,8 +648,10 @@ def _clipping(optimizer: Any, gradients: list[Any]) -> dict[str, Any]:
         return {}
     # In float32, as the kernels read it, whatever the gradients are in.
     norm = _norm(gradients).float()
+    scale = (norm / optimizer.global_clipnorm).clamp(min=1.0)
     return {
-        "grad_scale": (norm / optimizer.global_clipnorm).clamp(min=1.0),
+        # Of an infinite norm NaN, as Keras's.
+        "grad_scale": scale + (norm - norm),
         "found_inf": torch.zeros_like(norm),
     }
 

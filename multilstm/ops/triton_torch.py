@@ -133,7 +133,7 @@ def lstm(
         blocks,
     )
     y = y[..., :units].transpose(0, 1)
-    return y, y[:, -1], c[:, :units].to(dtype)
+    return y, y[:, -1], c[:, :units].to(c0.dtype)
 
 
 def _pad(tensor: Any, missing: int, *more: int) -> Any:
