@@ -847,6 +847,17 @@ def test_masks_follow_from_the_seed_and_have_their_share(noise_shape):
         assert abs((first == unlike).mean() - 0.625) < 5 * 0.485 * draws
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="others have no such device")
+def test_shapes_are_told_without_numbers():
+    """As Keras asks for them, on PyTorch's device for that."""
+    import torch
+
+    shapes = ((2, 5, 3), (2, 4), (2, 4), (3, 16), (4, 16), (16,))
+    empty = [torch.empty(shape, device="meta") for shape in shapes]
+    y, h, c = ops.lstm(*empty)
+    assert (y.shape, h.shape, c.shape) == ((2, 5, 4), (2, 4), (2, 4))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="others have no autocast")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cell_state_adds_up_under_autocast(dtype):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from multilstm.dataset import ContinuousStreams
 from multilstm.errors import UserError, check_whole
+from multilstm.model import LanguageModel
 from multilstm.ops import tf32
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def gives_features(model: Any) -> bool:
 
     A subclass with a `call` of its own may predict otherwise.
     """
-    return hasattr(model, "read") and model.keeps_methods("call")
+    return isinstance(model, LanguageModel) and model.keeps_methods("call")
 
 
 def check_features(model: Any) -> None:

@@ -210,7 +210,9 @@ def torch_loop(
 ) -> tuple[str, Train]:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from multilstm.ops import has_gpu
+
+    device = "cuda" if has_gpu() else "cpu"  # where Keras computes, too
     model = _torch_model(shape)
     _torch_load(model, *split_weights(shape, weights))
     model = model.to(device)

@@ -114,9 +114,8 @@ def train(
             they follow each other in the text. Default: the preset's.
         precision: Of products. `"float32"`; `"tf32"`, which a GPU multiplies
             faster, with 10 bits instead of 23; or `"mixed_bfloat16"`, while
-            weights, cell states and sums of losses are
-            float32. Evaluation is in float32. Default: `"tf32"` on a GPU,
-            `"float32"` elsewhere.
+            weights, cell states and sums of losses are float32. Evaluation
+            is in float32. Default: `"tf32"` on a GPU, `"float32"` elsewhere.
         starts_from: Folder of a run whose best weights to begin with.
             Default: none; a preset that goes on from another needs it.
         train_tokens: Only so many of the training text's first words, at

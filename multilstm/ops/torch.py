@@ -154,7 +154,9 @@ def lstm_stack(
     kind = x.device.type
     # It would have the cell state in bfloat16, too.
     is_autocast = (
-        not torch.compiler.is_compiling() and torch.is_autocast_enabled(kind)
+        not torch.compiler.is_compiling()
+        and torch.amp.is_autocast_available(kind)  # not of "meta"
+        and torch.is_autocast_enabled(kind)
     )
     with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
         y, h, c = _observe(
@@ -663,7 +665,7 @@ def _norm(tensors: list[Any]) -> Any:
     fifteen million, a few of them large, half a per cent is lost. Rows of a
     thousand lose nothing.
     """
-    if tensors[0].is_cuda:
+    if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors)).norm()
     parts = []
     for tensor in tensors:
