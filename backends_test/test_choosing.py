@@ -106,7 +106,14 @@ def test_backends_are_ranked_by_time_and_not_by_name(result):
         for backend, ms in (("jax", 30.0), ("tensorflow", 20.0), ("torch", 10))
     ]
     rank(result["results"])
-    assert choose(result)["ranking"] == ["torch", "tensorflow", "jax"]
+    choice = choose(result)
+    assert choice["ranking"] == ["torch", "tensorflow", "jax"]
+    assert choice["equal_within_noise"] == []
+    result["results"][1] = timed("tensorflow", windows=(10.1, 10.1, 10.1))
+    rank(result["results"])
+    choice = choose(result)
+    assert sorted(choice["equal_within_noise"]) == ["tensorflow", "torch"]
+    assert choice["ranking"][2] == "jax"
 
 
 def test_choice_for_another_device_is_not_taken(result):
@@ -271,6 +278,8 @@ def test_choose_takes_a_result_file_of_this_device_alone(
     for content, said in (
         (result | {"driver": "580.1"}, "must be of this device and driver"),
         (broken, "must be whole, as bench wrote it"),
+        (result | {"model": "m.keras"}, "must hold times of language models"),
+        (result | {"results": []}, "must hold times of language models"),
         ({"schema": BENCH_SCHEMA}, "must be of this device and driver"),
     ):
         path.write_text(json.dumps(content))

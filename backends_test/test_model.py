@@ -199,6 +199,22 @@ def test_methods_of_a_subclass_are_given_logits(kind, ids):
     assert np.abs(numpy(model.projection.kernel) - kernel).max() > 1e-5
 
 
+def test_windows_are_shuffled_unless_that_is_not_wanted():
+    """Anew in each `fit`; a step of SGD depends on those before it."""
+    windows = NextWordWindows(np.arange(180, dtype=np.int32) % V, 5, 3)
+
+    def train(shuffle):
+        model = LanguageModel(V, units=6, num_layers=1, seed=1)
+        model.compile(keras.optimizers.SGD(2.0))
+        model.fit(windows, shuffle=shuffle, verbose=0)
+        return model.get_weights()[0]
+
+    in_order, again, shuffled, anew = map(train, (False, False, True, True))
+    np.testing.assert_array_equal(again, in_order)
+    assert np.abs(shuffled - in_order).max() > 1e-4
+    assert np.abs(anew - shuffled).max() > 1e-4
+
+
 def test_method_that_was_set_is_given_logits(ids):
     shapes = []
     model = LanguageModel(V, units=6, num_layers=1)

@@ -3,12 +3,13 @@
 import errno
 import io
 import os
+from pathlib import Path
 
 import filelock
 import pytest
 
 from multilstm import Vocabulary
-from multilstm.errors import UserError
+from multilstm.errors import UserError, WriteError
 from multilstm.run_folder import RunFolder, draw_curves
 
 HISTORY = [
@@ -77,6 +78,25 @@ def test_folder_that_may_not_be_written_to_is_one_line(folder, monkeypatch):
     message = "can be written to; .*Permission denied.*--out"
     with pytest.raises(UserError, match=message), folder.held():
         pass
+
+
+def test_folder_that_is_moved_at_this_moment_is_told_as_moved(
+    folder, monkeypatch
+):
+    """And not as one whose configuration is gone."""
+    exists = Path.exists
+
+    def move_first(path):
+        if path == folder.config:
+            folder.path.rename(folder.path.with_name("elsewhere"))
+        return exists(path)
+
+    with folder.held():
+        folder.create({}, Vocabulary(["a"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "exists", move_first)
+            with pytest.raises(WriteError, match="removed, moved or replaced"):
+                folder.write_history(HISTORY)
 
 
 def test_config_comes_back_and_is_not_written_over(folder):

@@ -152,12 +152,14 @@ class RunFolder:
     def _check_still_there(self) -> None:
         if self._identity is None:
             return
+        # First: between the two looks the folder may be moved, and it with it.
+        has_config = self.config.exists()
         try:
             status = self.path.stat()
             found = (status.st_dev, status.st_ino)
         except OSError:
             found = None
-        if found == self._identity and not self.config.exists():
+        if found == self._identity and not has_config:
             raise WriteError(
                 f"{self.config} must stay while its run goes on; it is gone. "
                 "Nothing more is written. Put it back, and go on with --resume."
