@@ -571,7 +571,7 @@ def test_score_tells_each_sentence_and_each_word(command, run_folder, tmp_path):
     model, vocabulary, _ = load_run(run_folder)
     ids = vocabulary.encode(["<eos>", "b", "a", "<eos>"])
     alone = evaluate(model, ids)
-    # Printed are two digits of the sum of three float32.
+    # The sum of three float32, read in another number of rows.
     np.testing.assert_allclose(
         sum(sentences[2]["nats"]), alone.total_nats, rtol=1e-5
     )

@@ -209,6 +209,7 @@ class TextModel(keras.Model):
             steps = max(n for n in range(1, most + 1) if multiple % n == 0)
         is_large = is_sliced and len(data.token_ids) > _MOST_TOKENS_ON_DEVICE
         slices = is_sliced and not is_large
+        # A `train_step` of a user's is given batches, not where they begin.
         if (
             slices
             and self.uses_own_loss
