@@ -17,6 +17,7 @@ import pytest
 import multilstm
 from multilstm import PRESETS, evaluate, load_corpus, load_run
 from multilstm.__main__ import main
+from multilstm.preset_files import find_preset
 
 PROJECT = Path(__file__).parent.parent
 BACKEND = keras.config.backend()
@@ -850,6 +851,19 @@ def test_script_with_a_model_of_ones_own_runs(corpus_folder, tmp_path):
 def test_tutorial_script_fits_on_a_page():
     lines = (PROJECT / "examples" / "train.py").read_text().splitlines()
     assert len(lines) < 80
+
+
+def test_preset_is_printed_as_a_file_to_train(command, tmp_path):
+    status, lines, _ = command("presets", "awd", "--json")
+    assert status == 0
+    assert record(lines)["settings"]["weight_dropout"] == 0.5
+    path = tmp_path / "mine.json"
+    path.write_text("\n".join(lines[:-1]))
+    assert find_preset(path).units_of_layers == [1150, 1150, 400]
+    status, _, err = command("presets", "awdd")
+    assert (status, "A preset is one of small" in err) == (1, True)
+    status, _, err = command("presets", "awd", "--tokens", 5)
+    assert (status, "--tokens would do nothing beside" in err) == (1, True)
 
 
 def test_presets_are_listed_with_their_sources(command):

@@ -12,7 +12,8 @@ import pytest
 from multilstm import PRESETS, LanguageModel
 from multilstm.errors import UserError
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import MEASURED, find_preset
+from multilstm.preset_files import find_preset
+from multilstm.presets import MEASURED
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MEASURED_IN = {

@@ -103,9 +103,8 @@ def main() -> None:
     rows = []
     for name in options.only:
         preset = name.replace(",", "").replace(" ", "-")
-        PRESETS[preset] = replace(BASE, **CHANGES[name], name=preset)
         result = train(
-            preset,
+            replace(BASE, **CHANGES[name], name=preset),
             corpus=options.corpus,
             out=options.out / preset,
             epochs=options.epochs,

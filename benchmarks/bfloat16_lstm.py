@@ -24,7 +24,7 @@ from recorded_steps import VOCABULARY_SIZE, words_of
 from multilstm import LanguageModel, ops
 from multilstm.files import write_json
 from multilstm.ops import bfloat16_torch
-from multilstm.presets import find_preset
+from multilstm.preset_files import find_preset
 from multilstm.selection import installed_versions
 
 SCHEMA = "multilstm.bfloat16_lstm/1"

@@ -21,7 +21,8 @@ import numpy as np
 from multilstm import ContinuousStreams, LanguageModel, ops
 from multilstm.files import write_json
 from multilstm.ops.graphs_torch import RecordedSteps
-from multilstm.presets import Preset, find_preset
+from multilstm.preset_files import find_preset
+from multilstm.presets import Preset
 from multilstm.selection import installed_versions
 
 SCHEMA = "multilstm.recorded_steps/1"

@@ -27,7 +27,7 @@ from multilstm import ops
 from multilstm.files import finite_or_none, write_json
 from multilstm.ops import torch as by_cudnn
 from multilstm.ops import triton_torch
-from multilstm.presets import find_preset
+from multilstm.preset_files import find_preset
 from multilstm.selection import installed_versions
 
 SCHEMA = "multilstm.recurrence/1"

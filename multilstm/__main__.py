@@ -34,7 +34,7 @@ from multilstm.options import (
     Score,
     Train,
 )
-from multilstm.presets import find_preset
+from multilstm.preset_files import find_preset
 from multilstm.selection import select_backend
 
 COMMANDS = (

@@ -19,7 +19,8 @@ import numpy as np
 from multilstm import devices
 from multilstm.benchmark import CHECK_STEPS, Shape, WorkerError
 from multilstm.errors import UserError, check_whole
-from multilstm.presets import Preset, find_preset
+from multilstm.preset_files import find_preset
+from multilstm.presets import Preset
 from multilstm.ranking import (
     LOSS_TOLERANCE,
     NOISE,

@@ -27,7 +27,7 @@ from multilstm.options import (
     Presets,
     Report,
 )
-from multilstm.presets import find_preset
+from multilstm.preset_files import file_of, find_preset, settings_of
 from multilstm.selection import (
     chosen_backend,
     compare,
@@ -311,6 +311,12 @@ def run_presets(options: Presets, console: Console) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} must be at least 1; received "
                 f"{getattr(options, name)}."
             )
+    if options.name is not None:
+        where = "beside the name of a preset"
+        refuse(options, ("vocabulary_size", "tokens"), where)
+        preset = find_preset(options.name)
+        print(file_of(preset), end="")
+        return {"preset": preset.name, "settings": settings_of(preset)}
     rows = describe_presets(options.vocabulary_size, options.tokens)
     table = Table(
         title="perplexity, valid / test (PTB; small: python-docs); weights "

@@ -12,6 +12,7 @@ changes which LSTM kernel runs.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, get_args
 
 import keras
@@ -41,7 +42,8 @@ from multilstm.ops import (
     scale_loss,
 )
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import find_preset
+from multilstm.preset_files import describe, find_preset
+from multilstm.presets import Preset
 from multilstm.projection import choose_softmax, make_projection
 
 # The model whose `call` gives features: in this thread, not in one that
@@ -104,7 +106,7 @@ class LanguageModel(TextModel):
         num_sampled: Of the sampled softmax, words drawn for a batch. Default:
             an eighth of the vocabulary, at most 8,192.
         seed: For initial weights, the same on every backend, and dropout.
-        preset: Name of the preset whose optimizer `compile()` takes.
+        preset: The preset whose optimizer `compile()` takes, or its name.
         **kwargs: Of `keras.Model`: `name`, `dtype`.
 
     Call arguments:
@@ -147,10 +149,12 @@ class LanguageModel(TextModel):
         cutoffs: Sequence[int] | None = None,
         num_sampled: int | None = None,
         seed: int = 0,
-        preset: str | None = None,
+        preset: str | Preset | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if isinstance(preset, Preset):
+            preset = describe(preset)  # as a saved model has it
         units_of = _units_of_layers(units, num_layers)
         if embedding_dim is None:
             embedding_dim = units_of[-1]
@@ -253,15 +257,24 @@ class LanguageModel(TextModel):
 
     @classmethod
     def from_preset(
-        cls, name: str, *, vocabulary_size: int, **overrides: Any
+        cls,
+        preset: str | Path | Preset,
+        *,
+        vocabulary_size: int,
+        **overrides: Any,
     ) -> "LanguageModel":
         """The model of a preset, its arguments replaced by `overrides`.
+
+        Args:
+            preset: Its name, a JSON file of your own, or a `Preset`.
+            vocabulary_size: Number of words.
+            **overrides: Other arguments of the constructor.
 
         Raises:
             UserError: If there is no such preset.
         """
-        architecture = find_preset(name).architecture()
-        arguments = architecture | {"preset": name} | overrides
+        found = find_preset(preset)
+        arguments = found.architecture() | {"preset": found} | overrides
         return cls(vocabulary_size, **arguments)
 
     def build(self, token_ids_shape: tuple[int | None, ...]) -> None:

@@ -49,7 +49,8 @@ class Train(OnCorpus):
     """Train a preset on a corpus, into a run folder."""
 
     preset: str | None = None
-    """A name of `multilstm presets`. Default: small."""
+    """A name of `multilstm presets`, or a file of your own, NAME.json, as
+    `multilstm presets NAME` prints one. Default: small."""
     corpus: str | None = None
     """python-docs, ptb, or a folder with *train*.txt, *valid*.txt and
     *test*.txt. Default: python-docs."""
@@ -291,6 +292,8 @@ class Choose(Measure):
 class Presets(Common):
     """List the presets: sizes, published and measured perplexities, time."""
 
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Print all settings of this one, as a file to change and to train."""
     vocabulary_size: int = 10_000
     """Words of the vocabulary, for the size."""
     tokens: int = 929_589

@@ -21,7 +21,8 @@ from multilstm.dataset import (
 from multilstm.errors import UserError
 from multilstm.ops import Devices
 from multilstm.optimizers import make_optimizer
-from multilstm.presets import Preset
+from multilstm.preset_files import settings_of
+from multilstm.presets import PRESETS, Preset
 from multilstm.run_folder import RunFolder
 from multilstm.runs import explaining_config
 
@@ -72,12 +73,33 @@ def _settings_to_resume(
     return settings, preset
 
 
+def _check_same_preset(
+    folder: RunFolder, config: dict[str, Any], asked_for: Preset
+) -> None:
+    """Of a run that goes on: a file of one's own may have changed."""
+    if PRESETS.get(asked_for.name) == asked_for:  # ours may be of a version
+        return
+    before, now = settings_of(preset_of(config)), settings_of(asked_for)
+    for name in now:
+        # The run's own settings have been put into its preset.
+        is_of_run = config.get(name) is not None
+        if before[name] != now[name] and name != "source" and not is_of_run:
+            raise UserError(
+                f"{folder.path} was started with {name}={before[name]!r} of "
+                f"its preset; in that of {asked_for.name} it is {now[name]!r} "
+                "now. Resume without --preset, or start another run with "
+                "--out."
+            )
+
+
 def read_plan(
-    folder: RunFolder, given: dict[str, Any]
+    folder: RunFolder, given: dict[str, Any], asked_for: Preset | None = None
 ) -> tuple[dict[str, Any], Preset]:
     """What a run that goes on was asked for before, and is now."""
     with explaining_config(folder):
         settings, preset = _settings_to_resume(folder, given)
+        if asked_for is not None:
+            _check_same_preset(folder, folder.read_config(), asked_for)
         plan = make_plan(settings, preset)
         make_optimizer(plan)  # so that what it cannot be made of is told
     return settings, plan

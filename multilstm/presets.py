@@ -23,6 +23,17 @@ Averaging = Literal["never", "triggered", "always"]
 
 _MOST_LAYERS = 1000  # before memory is taken for them
 
+_ABOVE_ZERO = (
+    *("learning_rate", "learning_rate_decay", "clip_norm"),
+    *("plateau_factor", "length_std"),
+)
+_LEAST = {
+    **dict.fromkeys(("embedding_dim", "batch_size", "sequence_length"), 1),
+    **dict.fromkeys(("epochs", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("l2", "half_length_share", "plateau_threshold"), 0),
+    **dict.fromkeys(_ABOVE_ZERO, 0),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -135,6 +146,29 @@ class Preset:
                 f"`num_layers` of a preset must be from 1 to {_MOST_LAYERS}; "
                 f"received {self.num_layers}."
             )
+        if not isinstance(self.units, int) and (
+            len(self.units) != self.num_layers
+        ):
+            raise UserError(
+                "`units` of a preset must be one number, or one for each of "
+                f"its {self.num_layers} layers (`num_layers`); received "
+                f"{list(self.units)}."
+            )
+        if self.rotates_rows and self.length_std is None:
+            raise UserError(
+                "`rotates_rows` of a preset needs batches of varying length; "
+                "`length_std` is none. Give it, or leave `rotates_rows` out."
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (
+                value < least or (value == 0 and name in _ABOVE_ZERO)
+            ):
+                above = "above" if name in _ABOVE_ZERO else "at least"
+                raise UserError(
+                    f"`{name}` of a preset must be {above} {least}; received "
+                    f"{value}."
+                )
 
     @property
     def loss_scale(self) -> int:
@@ -606,16 +640,3 @@ MEASURED: dict[str, tuple[Measured, ...]] = {
         tensorflow=(75.02, 73.02, 0.9),
     ),
 }
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        UserError: Lists the names there are.
-    """
-    if name not in PRESETS:
-        raise UserError(
-            f"A preset is one of {', '.join(PRESETS)}; received {name!r}."
-        )
-    return PRESETS[name]

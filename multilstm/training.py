@@ -54,7 +54,8 @@ from multilstm.plan import (
     make_plan,
     read_plan,
 )
-from multilstm.presets import Preset, find_preset
+from multilstm.preset_files import find_preset
+from multilstm.presets import PRESETS, Preset
 from multilstm.progress import ProgressBar, StepTimes
 from multilstm.results import read_result, take_figures, tell_again
 from multilstm.run_folder import RunFolder
@@ -71,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    preset: str | None = None,
+    preset: str | Path | Preset | None = None,
     *,
     corpus: str | Path | None = None,
     out: str | Path | None = None,
@@ -102,7 +103,8 @@ def train(
     """Trains a preset on a corpus, into a run folder.
 
     Args:
-        preset: Name of a preset. Default: `"small"`.
+        preset: Name of a preset, a JSON file of your own, or a `Preset`.
+            Default: `"small"`.
         corpus: Name or folder of a corpus. Default: `"python-docs"`.
         out: The run folder. Default: `runs/<preset>-<corpus>-<backend>`.
         epochs: Passes over the training text. Default: the preset's.
@@ -164,8 +166,15 @@ def train(
             memory that is too small, a device that fails, or a loss that is
             no number: the last good checkpoint is still there.
     """
+    asked_for = None if preset is None else find_preset(preset)
+    name = asked_for and asked_for.name
+    if name in PRESETS and asked_for != PRESETS[name]:
+        raise UserError(
+            "A preset of your own must have a name of its own; received "
+            f"another {name}. Give `name` to `dataclasses.replace` as well."
+        )
     given = {
-        "preset": preset,
+        "preset": name,
         "corpus": corpus_name(corpus),
         "epochs": epochs,
         "batch_size": batch_size,
@@ -211,6 +220,7 @@ def train(
                 return _train(
                     folder,
                     given,
+                    preset=asked_for,
                     data_folder=data_folder,
                     resume=resume,
                     goes_back_to=goes_back_to,
@@ -241,6 +251,7 @@ def _train(
     folder: RunFolder,
     given: dict[str, Any],
     *,
+    preset: Preset | None,
     data_folder: str | Path | None,
     resume: bool,
     goes_back_to: int | None,
@@ -255,12 +266,12 @@ def _train(
     exists = folder.devices.from_first(folder.config.exists())
     resuming = resume and bool(exists)
     if resuming:
-        settings, plan = read_plan(folder, given)
+        settings, plan = read_plan(folder, given, preset)
         if "corpus" not in given:
             check_corpus_is_there(settings)
     else:
         settings = DEFAULTS | given
-        plan = make_plan(settings, find_preset(settings["preset"]))
+        plan = make_plan(settings, preset or find_preset(settings["preset"]))
     if settings["until_perplexity"] == 1:  # which nothing reaches: none
         settings["until_perplexity"] = None
     if settings["precision"] is None:
@@ -463,7 +474,7 @@ def _build(
     model = LanguageModel(
         len(data.vocabulary),
         **plan.architecture(),
-        preset=plan.name,
+        preset=plan.name if plan.name in PRESETS else plan,
         dtype=(
             "mixed_bfloat16"
             if settings["precision"] == "mixed_bfloat16"
@@ -473,7 +484,7 @@ def _build(
     )
     model.build((rows, plan.sequence_length))
     if settings["starts_from"] is not None and afresh:
-        _take_weights(model, settings["starts_from"], data)
+        _take_weights(model, settings["starts_from"], data, plan.name)
     model.compile(make_optimizer(plan))
     model.optimizer.build(model.trainable_variables)
     if plan.averaging == "always":
@@ -481,7 +492,9 @@ def _build(
     return model
 
 
-def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
+def _take_weights(
+    model: LanguageModel, run: str, data: Corpus, name: str
+) -> None:
     """Begins with the best weights of another run."""
     trained, vocabulary, config = load_run(run)
     shapes, needed = (
@@ -492,7 +505,7 @@ def _take_weights(model: LanguageModel, run: str, data: Corpus) -> None:
         raise UserError(
             "The run to start from must have the same architecture and "
             f"vocabulary; {run}, {config['preset']} on {config['corpus']}, has "
-            f"others than {model.preset} on {data.name}. Give a run of the "
+            f"others than {name} on {data.name}. Give a run of the "
             "same preset, corpus (--corpus), vocabulary (--max-vocabulary) "
             "and softmax (--softmax, --cutoffs)."
         )
