@@ -578,8 +578,9 @@ def test_shapes_are_those_of_presets_with_sizes_changed():
     assert large == dataclasses.replace(small, batch_size=8)
     with pytest.raises(UserError, match="`units` must be a whole number"):
         make_shapes(units=0)
-    with pytest.raises(UserError, match="`batch_size` must be"):
-        make_shapes(batch_sizes=[0])
+    for size in (0, 2.5):
+        with pytest.raises(UserError, match=f"`batch_size` must be .* {size}"):
+            make_shapes(batch_sizes=[size])
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda of: of.name)
@@ -837,7 +838,7 @@ def test_choice_that_cannot_be_kept_is_told(pretend, monkeypatch, capsys):
         (["bench", "--batch-size", "20;64"], "--batch-size needs whole"),
         (["bench", "--rounds", "0"], "`rounds` must be a whole number, 1 or"),
         (["bench", "--units", "-1"], "`units` must be"),
-        (["bench", "--vocabulary-size", "1"], "a whole number from 2 on"),
+        (["bench", "--vocabulary-size", "1"], "a whole number, 2 or more"),
         (["bench", "--timeout", "inf"], "--timeout must be above 0 s and at"),
         (["doctor", "--timeout", "-1"], "--timeout must be above 0 s and at"),
         (

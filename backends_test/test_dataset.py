@@ -158,7 +158,7 @@ def test_sizes_are_whole_numbers_from_1_on(kind):
         names += ["skip_step", "one_hot"]
     for name in names:
         for size in (0, -1, 2.0, 1.5, True, "3", float("nan")):
-            message = f"`{name}` must be an int .* received {size!r}. Pass"
+            message = f"`{name}` must be a whole number, .* received {size!r}"
             with pytest.raises(UserError, match=message):
                 kind(text(43), **SIZES | {name: size})
 
@@ -453,7 +453,7 @@ def test_rotated_rows_begin_elsewhere_and_end_where_they_began():
         ({"std": -1.0}, "`std` must be 0 or more"),
         ({"std": np.inf}, "`std` must be 0 or more"),
         ({"half_share": 1.5}, "`half_share` from 0 to 1"),
-        ({"bucket": 0}, "`bucket` must be an int"),
+        ({"bucket": 0}, "`bucket` must be a whole number"),
         (
             {"sequence_length": 60, "bucket": 60},
             "need at least 121 tokens; received 101",

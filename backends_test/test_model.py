@@ -1190,6 +1190,7 @@ def test_regularizers_keep_cudnn(rng, monkeypatch):
         ({"units": []}, "`units` must have one layer or more"),
         ({"num_layers": "2"}, "`num_layers` must be a whole number, 1 or more"),
         ({"seed": -1}, "`seed` must be a whole number, 0 or more; received -1"),
+        ({"seed": True}, "`seed` must be a whole number, 0 or more; received"),
         (
             {"seed": None},
             "`seed` must be a whole number, 0 or more; received",

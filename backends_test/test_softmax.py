@@ -416,7 +416,8 @@ def test_run_is_trained_gone_on_with_evaluated_and_read(
         ({"softmax": "full"}, "exact, adaptive, sampled; received 'full'"),
         ({"cutoffs": [5]}, "`cutoffs` needs softmax='adaptive'; received"),
         ({"num_sampled": 5}, "`num_sampled` needs softmax='sampled'"),
-        ({"softmax": "sampled", "num_sampled": 0}, "at least 1.*received 0"),
+        ({"softmax": "sampled", "num_sampled": 0}, "1 or more; received 0"),
+        ({"softmax": "sampled", "num_sampled": 2.5}, "whole.*received 2.5"),
         (KINDS["adaptive"] | {"tied_embeddings": True}, "Untie them"),
         *(
             ({"softmax": "adaptive", "cutoffs": cutoffs}, "40 words.*received")

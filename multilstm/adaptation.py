@@ -483,12 +483,9 @@ def _check(
             f"`methods` must be some of {', '.join(METHODS)}; received "
             f"{', '.join(map(repr, unknown)) or 'none'}."
         )
-    for name, number, least in (
-        ("tune_tokens", tune_tokens, 2),
-        ("num_samples", num_samples, 1),
-        ("seed", seed, 0),
-    ):
-        check_whole(name, number, least)
+    check_whole("tune_tokens", tune_tokens, 2)
+    check_whole("num_samples", num_samples, 1)
+    check_whole("seed", seed, 0)
     if "temperature" in methods and model.settings["softmax"] == "adaptive":
         raise UserError(
             "`temperature` divides logits, of which an adaptive softmax has "

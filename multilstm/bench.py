@@ -424,11 +424,7 @@ def make_shapes(
     for name, size in [*given.items(), *of_batches]:
         # One word alone has a loss of 0, which compares with nothing.
         least = 2 if name == "vocabulary_size" else 1
-        if size < least:
-            raise UserError(
-                f"`{name}` must be a whole number from {least} on; received "
-                f"{size}."
-            )
+        check_whole(name, size, least)
     units = _units(of, given.get("units"), given.get("layers"))
     features = given.get("embedding_dim")
     if features is None:

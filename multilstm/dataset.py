@@ -37,7 +37,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 
 TokenIds = NDArray[np.int32]
 
@@ -96,13 +96,12 @@ class NextWordWindows(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        sequence_length = self.sequence_length = _positive(
-            "sequence_length", sequence_length
-        )
-        batch_size = self.batch_size = _positive("batch_size", batch_size)
+        sequence_length = check_whole("sequence_length", sequence_length, 1)
+        batch_size = check_whole("batch_size", batch_size, 1)
+        self.sequence_length, self.batch_size = sequence_length, batch_size
         if skip_step is None:
             skip_step = sequence_length
-        self.skip_step = _positive("skip_step", skip_step)
+        self.skip_step = check_whole("skip_step", skip_step, 1)
         if len(self.token_ids) <= sequence_length:
             raise UserError(
                 "A window and its next word need more than "
@@ -198,10 +197,9 @@ class ContinuousStreams(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        sequence_length = self.sequence_length = _positive(
-            "sequence_length", sequence_length
-        )
-        batch_size = self.batch_size = _positive("batch_size", batch_size)
+        sequence_length = check_whole("sequence_length", sequence_length, 1)
+        batch_size = check_whole("batch_size", batch_size, 1)
+        self.sequence_length, self.batch_size = sequence_length, batch_size
         self.drop_remainder = drop_remainder
         num_targets = len(self.token_ids) - 1
         needed = sequence_length * batch_size if drop_remainder else 1
@@ -328,11 +326,10 @@ class VariableStreams(keras.utils.PyDataset):
     ) -> None:
         super().__init__(**kwargs)
         self.token_ids = _read_only(token_ids)
-        sequence_length = self.sequence_length = _positive(
-            "sequence_length", sequence_length
-        )
-        batch_size = self.batch_size = _positive("batch_size", batch_size)
-        bucket = min(_positive("bucket", bucket), sequence_length)
+        sequence_length = check_whole("sequence_length", sequence_length, 1)
+        batch_size = check_whole("batch_size", batch_size, 1)
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        bucket = min(check_whole("bucket", bucket, 1), sequence_length)
         if not (0 <= std < math.inf and 0 <= half_share <= 1):
             raise UserError(
                 "`std` must be 0 or more and `half_share` from 0 to 1; "
@@ -529,18 +526,8 @@ def _read_only(token_ids: TokenIds) -> TokenIds:
     return in_int32
 
 
-def _positive(name: str, number: int) -> int:
-    whole = isinstance(number, (int, np.integer))
-    if not whole or isinstance(number, bool) or number < 1:
-        raise UserError(
-            f"`{name}` must be an int of at least 1; received {number!r}. "
-            "Pass a whole number, such as 20."
-        )
-    return int(number)
-
-
 def _check_one_hot(token_ids: TokenIds, size: int) -> None:
-    _positive("one_hot", size)
+    check_whole("one_hot", size, 1)
     for token_id in (token_ids.min(), token_ids.max()):
         if not 0 <= token_id < size:
             raise UserError(

@@ -17,14 +17,16 @@ class WriteError(UserError, OSError):
     """A file that the system did not let us write: full, forbidden, gone."""
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuses what is no whole number, of Python's or NumPy's, or below.
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Gives a whole number, of Python's or NumPy's, as one of Python's.
 
     Raises:
-        UserError: As it says.
+        UserError: If it is none, or below `least`.
     """
-    if not isinstance(value, Integral) or value < least:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least:
         raise UserError(
             f"`{name}` must be a whole number, {least} or more; received "
             f"{value!r}."
         )
+    return int(value)

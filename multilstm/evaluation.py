@@ -211,11 +211,8 @@ class Evaluator:
         with_features: bool = False,
         training: bool = False,
     ) -> None:
-        for name, size in (
-            ("batch_size", batch_size),
-            ("sequence_length", sequence_length),
-        ):
-            check_whole(name, size, 1)
+        batch_size = check_whole("batch_size", batch_size, 1)
+        sequence_length = check_whole("sequence_length", sequence_length, 1)
         if with_features or training:
             check_features(model)
         build_for_reading(model)

@@ -221,12 +221,9 @@ def _check_range(
     top_p: float | None,
     seed: int,
 ) -> None:
-    for name, number, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("top_k", 1 if top_k is None else top_k, 1),
-        ("seed", seed, 0),
-    ):
-        check_whole(name, number, least)
+    check_whole("max_new_tokens", max_new_tokens, 1)
+    check_whole("top_k", 1 if top_k is None else top_k, 1)
+    check_whole("seed", seed, 0)
     if not 0 <= temperature < math.inf:
         raise UserError(
             f"`temperature` must be finite, 0 or more; received {temperature}."

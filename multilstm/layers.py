@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.ops import (
     check_rows,
     dropout,
@@ -162,17 +162,13 @@ class LSTM(keras.layers.Layer):
         kwargs.pop("implementation", None)  # as Keras's, which has but one
         super().__init__(**kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
-        if units < 1 or int(units) != units:
-            raise UserError(
-                f"`units` must be a whole number from 1 on; received {units}."
-            )
         _check_activation("activation", activation, "tanh")
         _check_activation(
             "recurrent_activation", recurrent_activation, "sigmoid"
         )
         # Read by Keras where it is to decide itself whether to use XLA.
         self.supports_jit = has_xla()
-        self.units = int(units)
+        self.units = check_whole("units", units, 1)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.recurrent_initializer = keras.initializers.get(

@@ -158,10 +158,10 @@ class LanguageModel(TextModel):
         units_of = _units_of_layers(units, num_layers)
         if embedding_dim is None:
             embedding_dim = units_of[-1]
-        _check_settings(locals())
         # Of NumPy, as `token_ids.max() + 1` is, Keras takes no sizes.
-        vocabulary_size = int(vocabulary_size)
-        embedding_dim = int(embedding_dim)
+        vocabulary_size = check_whole("vocabulary_size", vocabulary_size, 1)
+        embedding_dim = check_whole("embedding_dim", embedding_dim, 1)
+        seed = check_whole("seed", seed, 0)
         self.settings: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
             "units": units_of,
@@ -185,6 +185,7 @@ class LanguageModel(TextModel):
             "seed": seed,
             "preset": preset,
         }
+        _check_settings(self.settings)
         softmax_settings = choose_softmax(
             softmax,
             vocabulary_size,
@@ -608,9 +609,7 @@ def _units_of_layers(units: Any, num_layers: Any) -> list[int]:
         units = [units] * num_layers
     if not len(units):
         raise UserError("`units` must have one layer or more; it has none.")
-    for size in units:
-        check_whole("units", size, 1)
-    return [int(size) for size in units]
+    return [check_whole("units", size, 1) for size in units]
 
 
 def _differ(left: Any, right: Any) -> bool:
@@ -628,12 +627,6 @@ def _check_ids(shape: Any) -> None:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    for name, least in (
-        ("vocabulary_size", 1),
-        ("embedding_dim", 1),
-        ("seed", 0),
-    ):
-        check_whole(name, settings[name], least)
     for name, value in settings.items():
         if name.endswith("_dropout") and name != "locked_dropout":
             if not 0 <= value < 1:

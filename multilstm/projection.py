@@ -19,7 +19,7 @@ from multilstm.adaptive_softmax import (
     default_cutoffs,
 )
 from multilstm.config import Softmax
-from multilstm.errors import UserError
+from multilstm.errors import UserError, check_whole
 from multilstm.initializers import NumPyInitializer
 from multilstm.layers import Embedding
 from multilstm.ops import embedding_lookup, linear_cross_entropy, on_host
@@ -310,11 +310,7 @@ def choose_softmax(
     elif softmax == "sampled":
         if num_sampled is None:
             num_sampled = min(max(vocabulary_size // 8, 1), 8192)
-        if num_sampled < 1:
-            raise UserError(
-                "`num_sampled` must be at least 1, and some thousands for a "
-                f"good estimate; received {num_sampled}."
-            )
+        num_sampled = check_whole("num_sampled", num_sampled, 1)
     return {
         "softmax": softmax,
         "cutoffs": cutoffs,
