@@ -555,7 +555,7 @@ def _of_each_row(states: list[Any], sequences: Any, units: int) -> State:
     rows = sequences.shape[0]  # None where it is not known yet
     shapes = [_shape_of(state) for state in states]
     if len(states) != 2 or not all(
-        _may_be(shape, (rows, units)) or _may_be(shape, (1, units))
+        may_be(shape, (rows, units)) or may_be(shape, (1, units))
         for shape in shapes
     ):
         raise UserError(
@@ -579,7 +579,7 @@ def _of_each_step(mask: Any, sequences: Any) -> Any:
         mask = ops.squeeze(mask, 2)
     rows, steps = sequences.shape[:2]
     shape = _shape_of(mask)
-    if not (_may_be(shape, (rows, steps)) or _may_be(shape, (1, steps))):
+    if not (may_be(shape, (rows, steps)) or may_be(shape, (1, steps))):
         raise UserError(
             "`mask` must have the shape (batch, time) of its sequences, "
             f"{(rows, steps)}; received {shape}."
@@ -596,9 +596,7 @@ def _shape_of(tensor: Any) -> tuple[int | None, ...]:
     return tuple(tensor.shape)
 
 
-def _may_be(
-    shape: tuple[int | None, ...], wanted: tuple[int | None, ...]
-) -> bool:
+def may_be(shape: Any, wanted: Any) -> bool:
     """Whether they are one shape, as far as both are known."""
     return len(shape) == len(wanted) and all(
         None in pair or pair[0] == pair[1]

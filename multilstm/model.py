@@ -27,6 +27,7 @@ from multilstm.layers import (
     Dropout,
     Embedding,
     State,
+    may_be,
     run_stack,
 )
 from multilstm.metrics import (
@@ -513,7 +514,7 @@ class LanguageModel(TextModel):
                 "compile with keras.losses.CategoricalCrossentropy("
                 "from_logits=True)."
             )
-        if _differ(y.shape, y_pred.shape[:2]):
+        if not may_be(y.shape, y_pred.shape[:2]):
             raise UserError(
                 "There must be a target for each word that is read, of shape "
                 f"{tuple(y_pred.shape[:2])}; received {tuple(y.shape)}."
@@ -610,12 +611,6 @@ def _units_of_layers(units: Any, num_layers: Any) -> list[int]:
     if not len(units):
         raise UserError("`units` must have one layer or more; it has none.")
     return [check_whole("units", size, 1) for size in units]
-
-
-def _differ(left: Any, right: Any) -> bool:
-    """Whether shapes do, as far as they are known."""
-    pairs = zip(left, right, strict=True)
-    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def _check_ids(shape: Any) -> None:
