@@ -1,5 +1,6 @@
 """Choices: what is kept, for which sizes, and when one is stale."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -275,9 +276,13 @@ def test_choose_takes_a_result_file_of_this_device_alone(
     assert choice["ranking"][1] == BACKEND
     assert len([*(own_cache / "choices").iterdir()]) == 1
     broken = {name: result[name] for name in ("schema", "device", "driver")}
+    odd = copy.deepcopy(result)
+    for record in odd["results"]:
+        record["shape"]["batch_size"] = 0  # which has no logarithm
     for content, said in (
         (result | {"driver": "580.1"}, "must be of this device and driver"),
         (broken, "must be whole, as bench wrote it"),
+        (odd, "must be whole, as bench wrote it"),
         (result | {"model": "m.keras"}, "must hold times of language models"),
         (result | {"results": []}, "must hold times of language models"),
         ({"schema": BENCH_SCHEMA}, "must be of this device and driver"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from multilstm.devices import usual_precision
 from multilstm.errors import UserError
-from multilstm.files import cache_folder, read_json, write_json
+from multilstm.files import MISFITS, cache_folder, read_json, write_json
 
 CHOICE_SCHEMA = "multilstm-choice-2"
 _FIELDS = {
@@ -118,10 +118,7 @@ def _is_whole(choice: Mapping[str, Any]) -> bool:
             and all(isinstance(of, dict) for of in choice["versions"].values())
             and isinstance(choice["made"], str)
         )
-    except (
-        *(ArithmeticError, AttributeError, LookupError),
-        *(TypeError, ValueError),
-    ):
+    except MISFITS:
         return False
 
 

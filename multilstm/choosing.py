@@ -17,7 +17,7 @@ from multilstm.choices import (
     why_stale,
 )
 from multilstm.errors import UserError
-from multilstm.files import read_json
+from multilstm.files import MISFITS, read_json
 from multilstm.ranking import by_shape, fastest
 from multilstm.selection import installed_versions
 from multilstm.workers import WorkerProcess
@@ -117,7 +117,9 @@ def choices_of(path: Path) -> list[dict[str, Any]]:
         return [
             make_choice(result | {"results": records}) for records in of_shapes
         ]
-    except (AttributeError, LookupError, TypeError) as error:
+    except UserError:
+        raise
+    except MISFITS as error:
         raise UserError(
             f"{path} must be whole, as bench wrote it; it is not ({error!r}). "
             "Measure here: multilstm choose"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multilstm.errors import UserError
-from multilstm.files import check_kinds, read_json
+from multilstm.files import MISFITS, check_kinds, read_json
 from multilstm.presets import Preset
 
 CONFIG_SCHEMA = "multilstm-run-1"
@@ -63,7 +63,7 @@ def preset_of(config: dict[str, Any]) -> Preset:
         if settings.pop("loss_sum_over_time", False):
             settings["loss"] = "sum_over_time"
         return Preset(**settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except MISFITS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             "The config.json of a run must hold the settings of a preset of "

@@ -23,6 +23,12 @@ _BROKEN = (
     *(SyntaxError, TypeError, OverflowError, tokenize.TokenError),  # headers
 )
 
+# What code meets in a file that is JSON, but not what it was written as.
+MISFITS = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(TypeError, ValueError),
+)
+
 _MOST = 10**18  # frameworks have 64 bits for a number
 
 _KINDS = {

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from multilstm.bench import BENCH_SCHEMA
 from multilstm.errors import UserError
-from multilstm.files import read_or_explain, replacing, write_text
+from multilstm.files import MISFITS, read_or_explain, replacing, write_text
 from multilstm.ranking import by_shape
 from multilstm.selection import BACKENDS, COMPARISON_SCHEMA
 
@@ -75,10 +75,7 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
             )
         try:
             html_page([content])
-        except (
-            *(ArithmeticError, AttributeError, LookupError),
-            *(TypeError, ValueError),
-        ) as error:
+        except MISFITS as error:
             raise UserError(
                 f"{path} must hold a whole result of {schema!r}; it does not "
                 f"({error!r}). Give the file as it was written."

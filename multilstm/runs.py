@@ -21,6 +21,7 @@ from multilstm.corpus import NAMES, Corpus, load_corpus
 from multilstm.errors import UserError
 from multilstm.evaluation import STATE, TOKENS
 from multilstm.failures import explaining_failures
+from multilstm.files import MISFITS
 from multilstm.model import LanguageModel
 from multilstm.ops import device_name, last_kernel
 from multilstm.presets import Preset
@@ -171,10 +172,7 @@ def explaining_config(folder: RunFolder) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        *(AttributeError, KeyError, IndexError, ArithmeticError),
-        *(TypeError, ValueError),
-    ) as error:
+    except MISFITS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder.config} must describe a run of this version of "
