@@ -42,7 +42,6 @@ def run(*arguments, script=SCRIPT):
     )
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_ours_keras_and_a_native_loop_have_the_same_losses(tmp_path):
     """Five steps of Adam from the same weights, for a loss within 1e-3."""
     out = tmp_path / "result.json"
@@ -66,7 +65,6 @@ def test_ours_keras_and_a_native_loop_have_the_same_losses(tmp_path):
     assert table.count("| ours |") == 1
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_no_more_is_needed_than_keras_numpy_and_a_framework():
     others = [
         "platformdirs",
@@ -108,14 +106,12 @@ def test_no_more_is_needed_than_keras_numpy_and_a_framework():
     assert result["comparable"]
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_benchmark_refuses_sizes_that_cannot_be():
     done = run("--shapes", "tiny", "--rounds", "0")
     assert done.returncode == 2
     assert "received '0'" in done.stderr
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_a_backend_that_cannot_start_leaves_the_others_theirs(tmp_path):
     backend, out = keras.config.backend(), tmp_path / "result.json"
     absent = next(name for name in BACKENDS if name != backend)
@@ -136,7 +132,6 @@ def test_a_backend_that_cannot_start_leaves_the_others_theirs(tmp_path):
     assert f"No backend can be timed: {absent}: " in done.stderr
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):
     out = tmp_path / "result.json"
     sizes = ["--vocabulary-size", "60", "--units", "8", "--steps", "1"]
@@ -157,7 +152,6 @@ def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):
     assert rows[4] == "| adaptive |  |"
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
     script = runpy.run_path(str(ON_GPU))
     quick = "import os; print('first'); print(os.environ['WORD'])"
@@ -185,7 +179,6 @@ def test_tasks_on_a_gpu_end_in_time_and_none_stops_the_others(tmp_path, capsys):
     assert ended[-1] == "stops: exit 0"
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
     tasks = runpy.run_path(str(ON_GPU))["tasks"]
     pythons = {"jax": Path("a"), "torch": Path("b")}
@@ -214,7 +207,6 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         assert "--resume" in commands[name]  # begins where there is none
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 def test_a_task_that_is_not_there_is_told(tmp_path):
     done = run(
         *("--only", "awd", "--minutes", "1", "--out", tmp_path),
@@ -225,7 +217,6 @@ def test_a_task_that_is_not_there_is_told(tmp_path):
     assert "--only takes lstm-step, adam_512-torch, recurrence, " in done.stderr
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="only a clone has benchmarks")
 @pytest.mark.skipif(
     keras.config.backend() != "torch", reason="of PyTorch's implementation"
 )

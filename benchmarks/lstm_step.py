@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from multilstm.bench import Row
 from multilstm.benchmark import (
     CHECK_STEPS,
     KERAS_VARIANTS,
@@ -60,27 +61,11 @@ SHAPES = {
 
 
 @dataclasses.dataclass
-class Entry:
+class Entry(Row):
     """One variant in one worker, and what is known of it."""
 
-    backend: str
-    variant: str
-    worker: Any
-    known: dict[str, Any] = dataclasses.field(default_factory=dict)
     step_ms: list[float] = dataclasses.field(default_factory=list)
     gflops: list[float] = dataclasses.field(default_factory=list)
-
-    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Asks the worker; gives nothing from the first failure on."""
-        try:
-            return self.worker.ask(method, **arguments) if self.runs else {}
-        except WorkerError as failure:
-            self.known["reason"] = str(failure)
-            return {}
-
-    @property
-    def runs(self) -> bool:
-        return "reason" not in self.known
 
 
 def measure(
@@ -96,7 +81,7 @@ def measure(
     for entry in entries:
         entry.ask("prepare", steps=options.steps, **sizes)
     for entry in entries:
-        entry.known |= entry.ask("build", variant=entry.variant)
+        entry.about |= entry.ask("build", variant=entry.variant)
     check_losses(entries, LOSS_TOLERANCE[options.precision])
     for _ in range(options.rounds):
         time_round(entries, options.steps)
@@ -109,14 +94,14 @@ def check_losses(entries: list[Entry], tolerance: float) -> None:
     What they differ by is relative to the loss before the first step.
     """
     entries = [entry for entry in entries if entry.runs]
-    losses = np.array([entry.known["losses"] for entry in entries])
+    losses = np.array([entry.about["losses"] for entry in entries])
     if not entries:
         return
     middle = np.nanmedian(losses, axis=0)
     deviations = np.abs(losses - middle).max(axis=1) / middle[0]
     for entry, deviation in zip(entries, deviations, strict=True):
-        entry.known["loss_deviation"] = float(deviation)
-        entry.known["comparable"] = bool(deviation <= tolerance)
+        entry.about["loss_deviation"] = float(deviation)
+        entry.about["comparable"] = bool(deviation <= tolerance)
 
 
 def time_round(entries: list[Entry], steps: int) -> None:
@@ -136,7 +121,7 @@ def record(entry: Entry, entries: list[Entry], shape: Shape) -> dict[str, Any]:
         "shape": dataclasses.asdict(shape),
         "backend": entry.backend,
         "variant": entry.variant,
-        **entry.known,
+        **entry.about,
     }
     if not entry.runs:
         return about
@@ -163,7 +148,7 @@ def record(entry: Entry, entries: list[Entry], shape: Shape) -> dict[str, Any]:
 def ratio(entry: Entry, other: Entry | None) -> dict[str, float] | None:
     """The time of one over that of another, round by round."""
     if other is None or not (
-        other.runs and entry.known["comparable"] and other.known["comparable"]
+        other.runs and entry.about["comparable"] and other.about["comparable"]
     ):
         return None
     ratios = np.array(entry.step_ms) / np.array(other.step_ms)
