@@ -37,6 +37,7 @@ from multilstm.files import (
     cache_folder,
     read_json,
     read_or_explain,
+    reason_of,
     unreadable,
     write_json,
 )
@@ -354,7 +355,7 @@ def _folder_texts(folder: Path) -> dict[str, _TextFile]:
     except OSError as error:
         raise UserError(
             f"{folder} must be a folder that can be read; the system says: "
-            f"{error.strerror}. Mend its permissions."
+            f"{reason_of(error)}. Mend its permissions."
         ) from error
     texts: dict[str, _TextFile] = {}
     for split in SPLITS:

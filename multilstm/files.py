@@ -69,10 +69,10 @@ def replacing(path: Path) -> Iterator[Path]:
     except WriteError:
         raise
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
         raise WriteError(
-            f"{path} cannot be written: {reason}. What was there before is "
-            "still whole. Make room or mend the permissions, and do it again."
+            f"{path} cannot be written: {reason_of(error)}. What was there "
+            "before is still whole. Make room or mend the permissions, and do "
+            "it again."
         ) from error
     finally:
         if temporary is not None:
@@ -111,10 +111,10 @@ def check_folder(folder: Path) -> None:
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
         raise WriteError(
             f"{folder} must be a folder that can be written to; the system "
-            f"says: {reason}. Name another one or mend the permissions."
+            f"says: {reason_of(error)}. Name another one or mend the "
+            "permissions."
         ) from error
 
 
@@ -250,11 +250,15 @@ def unreadable(path: Path, error: OSError) -> UserError:
     """What to say where the system does not let a file be read."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} is needed and does not exist.")
-    reason = os.strerror(error.errno) if error.errno else str(error)
     return UserError(
-        f"{path} must be a file that can be read; the system says: {reason}. "
-        "Look at its permissions and where it leads."
+        f"{path} must be a file that can be read; the system says: "
+        f"{reason_of(error)}. Look at its permissions and where it leads."
     )
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says, without the path that Python adds."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def cache_folder() -> Path:

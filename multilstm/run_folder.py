@@ -41,6 +41,7 @@ from multilstm.files import (
     flush,
     flush_folder,
     read_or_explain,
+    reason_of,
     remove_leftovers,
     replacing,
     write_json,
@@ -128,7 +129,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(
                 f"{self.path} must be a folder that can be written to; the "
-                f"system says: {error.strerror or error}. Choose another with "
+                f"system says: {reason_of(error)}. Choose another with "
                 "--out, or mend its permissions."
             ) from error
 
