@@ -376,7 +376,7 @@ class Keeper(keras.callbacks.Callback):
         try:
             self.folder.wait_for_checkpoint()  # else it is not as told
         finally:
-            self.devices.total(0)  # the others, who need not, wait for it too
+            self.devices.meet()  # the others, who need not, wait for it too
         kept = "no epoch was completed before"
         if self.kept:
             kept = (

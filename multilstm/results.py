@@ -141,11 +141,11 @@ def take_figures(
         "history": history,
     }
     if not keeper.interrupted:
-        folder.devices.total(0)  # until the first has written them
+        folder.devices.meet()  # the first has written them
         kept, _, _ = load_run(folder.path)
         keeper.evaluator.model.set_weights(kept.get_weights())
         result["test_perplexity"] = keeper.evaluator(data.test).perplexity
     if not folder.devices.rank:
         write_json(folder.result, finite_or_none(result))
-    folder.devices.total(0)  # none goes before the first has written
+    folder.devices.meet()  # none goes before the first has written
     return result

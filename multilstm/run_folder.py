@@ -365,7 +365,7 @@ class RunFolder:
                 last,
                 aside.name,
             )
-        self.devices.total(0)  # the others wait for it
+        self.devices.meet()
 
     def load_checkpoint(self, model: Any) -> Progress:
         """Brings a compiled model back to where it was, and tells how far.

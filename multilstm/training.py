@@ -346,7 +346,7 @@ def _train_held(
     else:
         begun = Progress()
         folder.create(config, data.vocabulary)
-        devices.total(0)  # the others wait for it
+        devices.meet()
     if not has_checkpoint:
         spread_seeds(model, devices)
     # Figures are float32's, in whichever precision a run trains.

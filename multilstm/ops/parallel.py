@@ -93,6 +93,10 @@ class Devices:
         """Of each flag, whether a process has raised it."""
         return [bool(number) for number in self.total(flags)]
 
+    def meet(self) -> None:
+        """Waits until all processes have come here."""
+        self.total(0)
+
     def from_first(self, number: float) -> float:
         """The number that the first process has."""
         return float(self.of_all(number)[0])
