@@ -33,7 +33,7 @@ from multilstm.ops import tf32
 
 Weights = list[NDArray[np.float32]]
 
-SEGMENT_LENGTH = 5  # of Krause et al., as are the rows and epsilon
+SEGMENT_LENGTH = 5  # of Krause et al., as are the rows
 STATISTICS_ROWS = 100
 STATISTICS_BATCHES = 200
 
@@ -97,7 +97,7 @@ class DynamicEvaluator:
         learner.compile(optimizer, auto_scale_loss=False)
         learner.fit(streams, verbose=0)
         return [
-            keras.ops.convert_to_numpy(total) / len(streams)
+            ops.convert_to_numpy(total) / len(streams)
             for total in optimizer.totals
         ]
 
@@ -271,7 +271,7 @@ class _Learner(LanguageModel):
         nats = self.projection.negative_log_likelihood(
             features, ops.convert_to_tensor(token_ids[:, 1:], "int32")
         )
-        return float(keras.ops.convert_to_numpy(nats).sum(dtype=np.float64))
+        return float(ops.convert_to_numpy(nats).sum(dtype=np.float64))
 
 
 class _Losses(keras.metrics.Metric):
@@ -305,10 +305,10 @@ class _Losses(keras.metrics.Metric):
 
     def read(self, count: int) -> NDArray[np.float64]:
         """The first losses, of as many updates as there must have been."""
-        seen = int(keras.ops.convert_to_numpy(self.count))
+        seen = int(ops.convert_to_numpy(self.count))
         if seen != count:
             raise RuntimeError(f"{count} updates were due; {seen} were made.")
-        losses = keras.ops.convert_to_numpy(self.losses)[:count]
+        losses = ops.convert_to_numpy(self.losses)[:count]
         return np.asarray(losses, np.float64)
 
 

@@ -52,9 +52,9 @@ def generate(
         model: A `LanguageModel`.
         vocabulary: The one it was trained with.
         prompt: Words to begin with, or a text that is split at white space;
-            without any, a new sentence begins. A
-            word that the vocabulary lacks becomes `<unk>` or, where that is
-            lacking too, is left out; both are reported.
+            without any, a new sentence begins. A word that the vocabulary
+            lacks becomes `<unk>` or, where that is lacking too, is left out;
+            both are reported.
         max_new_tokens: How many words to add, at least 1.
         temperature: Above 1 more surprising, below 1 less; 0 takes the most
             likely word each time.
@@ -210,8 +210,10 @@ def _chunks(token_ids: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
 
 
 def _start_of_sentence(vocabulary: Vocabulary) -> NDArray[np.int32]:
-    first = END_OF_SENTENCE if END_OF_SENTENCE in vocabulary else None
-    return vocabulary.encode([first or vocabulary.words[0]])
+    has_end = END_OF_SENTENCE in vocabulary
+    return vocabulary.encode(
+        [END_OF_SENTENCE if has_end else vocabulary.words[0]]
+    )
 
 
 def _check_range(

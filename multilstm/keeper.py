@@ -345,12 +345,11 @@ class Keeper(keras.callbacks.Callback):
         # Keras would save the optimizer of a model that is compiled too,
         # which is three times the weights for Adam.
         with self.devices.alone():
-            if self._copy is None and self.evaluator.model is not self.model:
-                self._copy = self.evaluator.model
             if self._copy is None:
-                self._copy = figures_of(self.model)
-            else:
-                self._copy.set_weights(self.model.get_weights())
+                reader = self.evaluator.model
+                is_own = reader is self.model
+                self._copy = figures_of(self.model) if is_own else reader
+            self._copy.set_weights(self.model.get_weights())
             self.folder.save_best_weights(self._copy, epoch, valid_perplexity)
         self.best_perplexity = valid_perplexity
 

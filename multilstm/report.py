@@ -147,7 +147,7 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
             if place in columns and not (left_out == "what" and told):
                 columns.remove(place)
         table = Table(
-            title=Text(f"{title}, {result['dtype']}"),
+            title=Text(_title(title, result)),
             title_justify="left",
             box=SIMPLE,
             padding=(0, 1, 0, 0),

@@ -160,9 +160,9 @@ def load_corpus_of(
 
 def corpus_name(corpus: str | Path | None) -> str | None:
     """As `config.json` has it: a name, or a folder's whole path."""
-    if corpus is None or corpus in NAMES:
-        return None if corpus is None else str(corpus)
-    return os.path.realpath(corpus)
+    if corpus is None:
+        return None
+    return str(corpus) if corpus in NAMES else os.path.realpath(corpus)
 
 
 @contextmanager

@@ -205,11 +205,10 @@ class Vocabulary:
         return vocabulary
 
 
-def name_a_few(words: Iterable[str], limit: int = 5) -> str:
-    """Quotes the first few words of many."""
+def name_a_few(words: Iterable[str]) -> str:
+    """Quotes the first five words of many."""
     words = list(words)
-    listed = ", ".join(repr(word) for word in words[:limit])
-    return listed + (", ..." if len(words) > limit else "")
+    return ", ".join(map(repr, words[:5])) + ", ..." * (len(words) > 5)
 
 
 def describe_unknown(counts: Mapping[str, int]) -> str:
