@@ -68,10 +68,14 @@ def environments_of_two():
     ]
 
 
+# This package, where it is a clone that is not installed, and the tests.
+PATHS = os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parent)))
+
+
 def start(arguments, environment):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)} | environment,
+        env=os.environ | {"PYTHONPATH": PATHS} | environment,
         stderr=subprocess.PIPE,
         text=True,
     )
