@@ -106,9 +106,10 @@ def bench(
         tell: Hears what is being done.
 
     Returns:
-        `schema`, `device`, `driver`, `dtype`, `protocol` and `results`, a
-        record for each shape, backend and peer; `rank` is 1 for the fastest
-        of ours that passed the gate, None for what is not ranked.
+        `schema`, `device`, `driver`, `dtype`, `model` (its file's name),
+        `protocol` and `results`, a record for each shape, backend and peer;
+        `rank` is 1 for the fastest of ours that passed the gate, None for
+        what is not ranked.
 
     Raises:
         UserError: If no backend can be run at all, or what is given does

@@ -120,6 +120,10 @@ class LanguageModel(TextModel):
         Logits `(batch, time, vocabulary_size)`; with `return_state` a tuple
         of them and the list of final states.
 
+    Raises:
+        UserError: If an argument is out of its range, or some do not go
+            together. When it is called, for ids or states of another shape.
+
     Example:
     >>> model = LanguageModel(10, units=4, num_layers=1)
     >>> tuple(model(np.array([[1, 2, 3]])).shape)
@@ -419,6 +423,9 @@ class LanguageModel(TextModel):
             batch_size: The rows that a copy carries its state for. Default:
                 as many as this model, where it does.
             changes: Other settings, as the constructor takes them.
+
+        Raises:
+            UserError: If a subclass does not tell its own arguments.
         """
         config = self.get_config() | {"dtype": dtype or self.dtype_policy}
         del config["name"]
@@ -441,7 +448,11 @@ class LanguageModel(TextModel):
     def compile(
         self, optimizer: Any = None, loss: Any = None, **kwargs: Any
     ) -> None:
-        """As `keras.Model.compile`; the preset's optimizer by default."""
+        """As `keras.Model.compile`; the preset's optimizer by default.
+
+        Raises:
+            UserError: For metrics beside a softmax that is not exact.
+        """
         self.uses_own_loss = loss is None
         self.needs_logits = bool(
             kwargs.get("metrics") or kwargs.get("weighted_metrics")

@@ -93,6 +93,9 @@ class Preset:
         epochs: Passes over the training text.
         published_valid: Perplexity on PTB that the source reports, or None.
         published_test: The same on its test split.
+
+    Raises:
+        UserError: If a value is of another kind than these.
     """
 
     name: str

@@ -81,6 +81,10 @@ class Vocabulary:
         Returns:
             The vocabulary. Where words were left out, it has `<unk>` for
             them (inside `max_size`), counted as often as all of them.
+
+        Raises:
+            UserError: If a number is no whole one from 1 on, or no word is
+                left.
         """
         for name, number in (("min_count", min_count), ("max_size", max_size)):
             if number is not None:

@@ -1,4 +1,4 @@
-"""PyTorch: its own LSTM kernels, and products by oneDNN on the CPU."""
+"""PyTorch: its own LSTM kernels, and products by what is fastest on a CPU."""
 
 import importlib
 import os
