@@ -572,6 +572,31 @@ def test_diverged_run_goes_on_at_half_the_rate(train, tmp_path, caplog):
     assert math.isfinite(result["test_perplexity"])
 
 
+def test_finite_weights_of_no_use_are_tried_again_at_half_the_rate(
+    train, monkeypatch, caplog
+):
+    """Clipped gradients let a rate that is too high lead there."""
+    preset = replace(PRESETS["tiny_wild"], clip_norm=1.0)
+    monkeypatch.setitem(PRESETS, "tiny_wild", preset)
+    command = {"preset": "tiny_wild", "learning_rate": 300.0, "epochs": 2}
+    result = train(**command, retries=20)
+    told = [line for line in caplog.messages if "This is done now" in line]
+    assert 0 < len(told) < 20
+    assert "less than a guess among 9 words has" in told[-1]
+    assert result["learning_rate"] == 300 / 2 ** len(told)
+    valid = [row["valid_perplexity"] for row in result["history"]]
+    assert max(valid) <= 81
+
+
+def test_weights_of_no_use_are_told_once(train, monkeypatch, caplog):
+    preset = replace(PRESETS["tiny_wild"], clip_norm=1.0)
+    monkeypatch.setitem(PRESETS, "tiny_wild", preset)
+    result = train(preset="tiny_wild", learning_rate=100.0, epochs=2)
+    assert result["epochs"] == 2
+    [line] = [line for line in caplog.messages if "a guess among" in line]
+    assert "Lower the learning rate (--learning-rate, 100 here)" in line
+
+
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_epoch_begins_anew_where_a_checkpoint_in_it_leads_nowhere(
     epoch, train, tmp_path, monkeypatch, caplog

@@ -43,7 +43,7 @@ _WRITTEN_ANEW = (
 
 
 class DivergedError(UserError):
-    """The loss is no number any more.
+    """The loss is no number any more, or no use.
 
     Attributes:
         learning_rate: The one that was too high, as settings have it.
@@ -86,6 +86,7 @@ class Keeper(keras.callbacks.Callback):
         until_perplexity: float | None,
         checkpoint_minutes: float,
         ends_at: float,
+        refuses_useless: bool = False,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -104,6 +105,10 @@ class Keeper(keras.callbacks.Callback):
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
         self.ends_at = ends_at  # as `time.monotonic` counts
+        self.refuses_useless = (
+            refuses_useless  # epochs, which can be tried again
+        )
+        self._told_useless = False
         self.out_of_time = False
         self._turned = time.monotonic()  # when the epoch in hand began
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when
@@ -238,7 +243,7 @@ class Keeper(keras.callbacks.Callback):
             since >= self.checkpoint_seconds,
         )
         if is_bad:
-            self._stop_diverged(f"batch {self.num_batches}", loss)
+            self._stop_without_number(f"batch {self.num_batches}", loss)
         if self.asked_to_stop:
             self.model.stop_training = True
         elif is_due and not is_last:  # else that of the epoch is about to be
@@ -263,8 +268,9 @@ class Keeper(keras.callbacks.Callback):
             with optimizer.averaged_weights(place):
                 of_each.append(self._evaluate())
             if not math.isfinite(of_each[-1]):
-                self._stop_diverged("its validation", of_each[-1])
+                self._stop_without_number("its validation", of_each[-1])
         valid = min(of_each)
+        self._check_use(valid)
         place = of_each.index(valid)
         self.folder.wait_for_checkpoint()  # none is two epochs behind
         if valid < self.best_perplexity:
@@ -333,7 +339,7 @@ class Keeper(keras.callbacks.Callback):
         for variable in self.model.trainable_variables:
             if not np.isfinite(keras.ops.convert_to_numpy(variable)).all():
                 place = f"batch {self.num_batches}"
-                self._stop_diverged(place, math.nan)
+                self._stop_without_number(place, math.nan)
         reached = Progress(
             self.history, self.num_batches, self.seconds, self.kernel
         )
@@ -371,7 +377,37 @@ class Keeper(keras.callbacks.Callback):
         if start < self.best_perplexity:  # of a first epoch, perhaps
             self._save_best(0, start)
 
-    def _stop_diverged(self, place: str, value: float) -> None:
+    def _check_use(self, perplexity: float) -> None:
+        """Clipped gradients let weights run away for long without a NaN.
+
+        The limit is twice the nats of a guess: some recipes begin above one.
+        """
+        num_words = len(self.data.vocabulary)
+        if perplexity <= num_words**2:
+            return
+        what = (
+            f"Training must lead to less than a guess among {num_words:,} "
+            f"words has; the validation perplexity became {perplexity:.3g} in "
+            f"epoch {len(self.history) + 1}"
+        )
+        if self.refuses_useless:
+            self._stop_diverged(what)
+        if not self._told_useless:
+            self._told_useless = True
+            logger.warning(
+                "%s. Lower the learning rate (--learning-rate, %g here), or "
+                "let --retries do so.",
+                what,
+                self.plan.learning_rate,
+            )
+
+    def _stop_without_number(self, place: str, value: float) -> None:
+        self._stop_diverged(
+            f"The loss must stay a finite number; it became {value} in epoch "
+            f"{len(self.history) + 1}, {place}"
+        )
+
+    def _stop_diverged(self, what: str) -> None:
         try:
             self.folder.wait_for_checkpoint()  # else it is not as told
         finally:
@@ -383,10 +419,9 @@ class Keeper(keras.callbacks.Callback):
                 f"{self.folder.checkpoint}"
             )
         raise DivergedError(
-            f"The loss must stay a finite number; it became {value} in epoch "
-            f"{len(self.history) + 1}, {place}; {kept}. Lower the learning "
-            f"rate (--learning-rate, {self.plan.learning_rate:g} here), also "
-            "for a run that goes on with --resume.",
+            f"{what}; {kept}. Lower the learning rate (--learning-rate, "
+            f"{self.plan.learning_rate:g} here), also for a run that goes on "
+            "with --resume.",
             self.plan.learning_rate,
             self.asked_to_stop,
             (len(self.history), self.kept_batches)

@@ -92,8 +92,8 @@ class Train(OnCorpus):
     checkpoint_minutes: float | None = None
     """Between checkpoints within an epoch. Default: 10."""
     retries: int = 0
-    """How often a run whose loss is no number any more goes back to its last
-    checkpoint and on at half the learning rate."""
+    """How often a run whose loss is no number any more, or of no use, goes
+    back to its last checkpoint and on at half the learning rate."""
     minutes: float | None = None
     """Begin no epoch that would end later than this, judged by the last one;
     go on another time with --resume. Imports and test are not counted."""

@@ -135,10 +135,11 @@ def train(
         checkpoint_minutes: Between checkpoints within an epoch, so that a
             crash costs no more than this; 0 for one after each batch, or
             group of batches. Default: 10.
-        retries: How often a run whose loss is no number any more goes back
-            to its last checkpoint and on at half the learning rate. One
-            within an epoch that leads there twice is left: the epoch begins
-            anew.
+        retries: How often a run whose loss is no number any more, or whose
+            validation has more than twice the nats of a guess among all
+            words, goes back to its last checkpoint and on at half the
+            learning rate. One within an epoch that leads there twice is left:
+            the epoch begins anew.
         minutes: Begin no epoch that would end later than this after the
             call, judged by the last one; then the figures are taken, which
             is not counted, as at the end. One epoch is trained in any case,
@@ -224,6 +225,7 @@ def train(
                     data_folder=data_folder,
                     resume=resume,
                     goes_back_to=goes_back_to,
+                    can_retry=retries > 0,
                     ends_at=ends_at,
                     progress=progress,
                 )
@@ -255,6 +257,7 @@ def _train(
     data_folder: str | Path | None,
     resume: bool,
     goes_back_to: int | None,
+    can_retry: bool,
     ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
@@ -288,6 +291,7 @@ def _train(
             plan,
             data,
             resuming=resuming,
+            can_retry=can_retry,
             ends_at=ends_at,
             progress=progress,
         )
@@ -317,6 +321,7 @@ def _train_held(
     data: Corpus,
     *,
     resuming: bool,
+    can_retry: bool,
     ends_at: float,
     progress: bool,
 ) -> dict[str, Any]:
@@ -362,6 +367,7 @@ def _train_held(
         until_perplexity=settings["until_perplexity"],
         checkpoint_minutes=settings["checkpoint_minutes"],
         ends_at=ends_at,
+        refuses_useless=can_retry,
     )
     if settings["starts_from"] is not None and not has_checkpoint:
         keeper.keep_start(model)
