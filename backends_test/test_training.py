@@ -147,6 +147,25 @@ def interrupt_at(monkeypatch, steps_at_once):
     signal.signal(signal.SIGINT, before)
 
 
+def test_run_stopped_in_its_first_epoch_keeps_what_it_has_learned(
+    train, interrupt_at, monkeypatch, tmp_path
+):
+    """In bfloat16 files are written from another model, in float32."""
+    save, trained = RunFolder.save_checkpoint, []
+
+    def save_and_note(self, model, reached):
+        save(self, model, reached)
+        trained.append(model.get_weights())
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", save_and_note)
+    interrupt_at(3)
+    result = train(precision="mixed_bfloat16")
+    assert (result["status"], result["epochs"]) == ("interrupted", 0)
+    kept = load_run(tmp_path / "run")[0].get_weights()
+    for weight, wanted in zip(kept, trained[-1], strict=True):
+        np.testing.assert_array_equal(weight, wanted)
+
+
 def figures(result):
     """What must not depend on how often a run was stopped."""
     names = ("train_perplexity", "valid_perplexity", "learning_rate")
