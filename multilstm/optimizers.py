@@ -234,6 +234,8 @@ def make_optimizer(preset: Preset) -> Any:
     if preset.optimizer == "sgd":
         return SGD(**settings)
     if preset.loss_scale > 1:
-        # PyTorch's, which the presets with summed losses come from.
+        # PyTorch's, which the presets with summed losses come from; Keras adds
+        # it before the second moment is corrected, so that it is larger in the
+        # first steps: 4e-5 of a perplexity in small runs.
         settings["epsilon"] = 1e-8 / preset.loss_scale
     return Adam(**settings)
