@@ -151,7 +151,8 @@ def docs(session: nox.Session) -> None:
     code = (
         "import pathlib, pdoc, multilstm\n"
         "for name in multilstm.__all__: getattr(multilstm, name)\n"
-        "more = 'optimizers ops bench ranking choosing selection'.split()\n"
+        "more = 'optimizers ops ops.reference bench ranking choosing '\n"
+        "more = [*more.split(), 'selection']\n"
         "pages = ['multilstm', *(f'multilstm.{name}' for name in more)]\n"
         "pdoc.render.configure(docformat='google')\n"
         "pdoc.pdoc(*pages, output_directory=pathlib.Path('site'))\n"

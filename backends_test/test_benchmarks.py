@@ -1,5 +1,6 @@
 """The benchmark runs, and what it compares computes the same."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import keras
 import pytest
+import tyro
 from test_bench import script as write_script
 
-from multilstm import ops
+from multilstm import PRESETS, ops
+from multilstm.__main__ import COMMANDS
 from multilstm.selection import BACKENDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lstm_step.py"
@@ -205,6 +208,56 @@ def test_runs_on_a_gpu_begin_once_and_are_gone_on_from(tmp_path):
         preset = name.rpartition("-")[0]
         assert commands[name][commands[name].index("--preset") + 1] == preset
         assert "--resume" in commands[name]  # begins where there is none
+
+
+def test_task_that_says_nothing_is_not_told_by_what_was_said_before(
+    tmp_path, capsys
+):
+    script = runpy.run_path(str(ON_GPU))
+    for text in ("print('test perplexity 71.9')", "pass"):
+        command = (sys.executable, "-c", text)
+        script["run"]([script["Task"]("one", command)], 10, tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].strip() == "test perplexity 71.9"
+    assert said[3].strip().startswith("$ ")
+
+
+def test_commands_on_a_gpu_are_ones_that_there_are(tmp_path, monkeypatch):
+    parsers = {
+        "lstm_step.py": "parse_arguments",
+        "recurrence.py": "main",
+        "recorded_steps.py": "main",
+    }
+    pythons = dict.fromkeys(BACKENDS, Path(sys.executable))
+    understood = []
+
+    def note(parser, *arguments):
+        understood.append(parse(parser, *arguments))
+        raise InterruptedError  # instead of what the command would do
+
+    parse = argparse.ArgumentParser.parse_args
+    for _, group in runpy.run_path(str(ON_GPU))["tasks"](pythons, tmp_path):
+        for task in group:
+            if task.takes_minutes:
+                words = task.command[task.command.index("multilstm") + 1 :]
+                commands = {kind.__name__.lower(): kind for kind in COMMANDS}
+                options = tyro.extras.subcommand_cli_from_dict(
+                    commands, args=[*words, "--minutes", "1"]
+                )
+                assert options.preset in PRESETS
+                continue
+            name, *arguments = task.command[1:]
+            script = runpy.run_path(name)
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *arguments])
+                patch.setattr(argparse.ArgumentParser, "parse_args", note)
+                with pytest.raises(InterruptedError):
+                    script[parsers[Path(name).name]]()
+    assert {options.out.name for options in understood} == {
+        "lstm-step.json",
+        "recurrence.json",
+        "recorded-steps.json",
+    }
 
 
 def test_a_task_that_is_not_there_is_told(tmp_path):

@@ -92,6 +92,59 @@ def test_changed_driver_or_version_makes_a_choice_stale(result, change, said):
     assert said in why_not
 
 
+def test_choice_that_holds_goes_before_a_nearer_one_that_is_stale(result):
+    """Else to choose anew, as one is told to, would change nothing."""
+    wanted = dataclasses.asdict(TINY)
+    stale = json.loads(json.dumps(result))
+    stale["driver"] = "580.1"
+    choose(stale)
+    assert "is stale" in select_backend(None, wanted)[1]
+    os.environ.pop("KERAS_BACKEND")
+    larger = dataclasses.asdict(dataclasses.replace(TINY, batch_size=512))
+    for record in result["results"]:
+        record["shape"] = larger
+    choose(result)
+    backend, reason = select_backend(None, wanted)
+    assert backend == BACKEND
+    assert reason.startswith("multilstm choose, ")
+    assert "batch 512" in reason
+
+
+def test_cores_and_threads_make_a_choice_of_a_processor_stale(
+    result, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result["protocol"]["processors"] = devices.processors()
+    choose(result)
+    assert select_backend()[1].startswith("multilstm choose, ")
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS was 1 and is 7" in select_backend()[1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(97)})
+    assert "and is 97" in select_backend()[1]
+
+
+def test_choice_that_is_found_is_told_as_when_it_was_made(result):
+    made = choose(result)
+    assert choices.find_choice("Chip") == json.loads(json.dumps(made))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"equal_within_noise": 5},
+        {"equal_within_noise": ["caffe"]},
+        {"ranking": ["jax.numpy", "jax", "torch", "tensorflow"]},
+    ],
+)
+def test_choice_with_other_than_backends_in_it_is_passed_over(result, damage):
+    path = Path(choose(result)["path"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    assert choices.find_choice("Chip") is None
+
+
 def test_what_is_gone_makes_a_choice_stale():
     choice = {"driver": None, "versions": {BACKEND: {"keras": "3", "a": "1"}}}
     stale = choices.why_stale(choice, BACKEND, None, {"keras": "3"})

@@ -853,6 +853,31 @@ def test_tutorial_script_fits_on_a_page():
     assert len(lines) < 80
 
 
+def test_version_is_told(command):
+    assert command("--version") == (
+        0,
+        [f"multilstm {multilstm.__version__}"],
+        "",
+    )
+
+
+def test_letters_that_a_terminal_has_not_lose_nothing(run_folder, tmp_path):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("a b caf\u00e9\n", encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "multilstm", "score", run_folder),
+            *(sentences, "--unknown", "drop", "--json"),
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\xe9" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["sentences"]
+
+
 def test_preset_is_printed_as_a_file_to_train(command, tmp_path):
     status, lines, _ = command("presets", "awd", "--json")
     assert status == 0

@@ -219,7 +219,7 @@ def test_links_in_a_circle_are_no_corpus(tmp_path, write):
 def test_one_text_in_two_splits_is_told(write, caplog):
     load_corpus(write(train=b"a b\n", valid=b"b a\n", test=b"b a\n"))
     [message] = caplog.messages
-    assert "valid and test of" in message
+    assert message.startswith("valid and test of")
     assert "are the same text" in message
 
 
@@ -617,6 +617,26 @@ def test_only_https_is_asked(tmp_path, web, monkeypatch):
     monkeypatch.setattr(corpus, "PTB_MIRRORS", (f"{web}moved/",))
     with pytest.raises(UserError, match=f"moved/: http://{message}"):
         load_corpus("ptb", data_folder=tmp_path / "data")
+
+
+def test_folder_that_is_none_is_told_before_a_mirror_is_asked(
+    set_mirrors, tmp_path, caplog
+):
+    set_mirrors("good")
+    path = tmp_path / "file"
+    path.write_text("text")
+    with pytest.raises(UserError, match="must be a folder that can be written"):
+        load_corpus("ptb", data_folder=path)
+    assert not caplog.messages
+
+
+def test_address_that_is_not_https_is_asked_nothing(web, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("requests.get", lambda url, **_: asked.append(url))
+    address = web.replace("127.0.0.1", "127.0.0.2")
+    with pytest.raises(ValueError, match="is not https"):
+        corpus._fetch(address, str(tmp_path / "file"), None)
+    assert not asked
 
 
 def test_where_every_mirror_fails_each_is_named(set_mirrors, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from multilstm.errors import UserError, WriteError
 from multilstm.files import (
+    check_folder,
     finite_or_none,
     read_json,
     read_or_explain,
@@ -254,6 +255,11 @@ def test_a_disk_that_is_really_full_leaves_the_old_file(path):
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_text() == "old"
     assert names_beside(path) == [path.name]
+
+
+def test_trial_of_a_folder_leaves_the_folder_alone(tmp_path):
+    check_folder(tmp_path / "runs" / "first")
+    assert not [*(tmp_path / "runs" / "first").iterdir()]
 
 
 def test_json_that_is_nested_too_deep_is_named(path):

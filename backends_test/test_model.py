@@ -1340,6 +1340,89 @@ def test_mixed_bfloat16_trains_as_float32_does(rng):
     np.testing.assert_allclose(mixed, full, rtol=0.02)
 
 
+@pytest.mark.parametrize("kind", [NextWordWindows, ContinuousStreams])
+def test_text_that_was_changed_in_its_place_is_read_anew(kind, rng):
+    ids = text(rng, 101)
+    other = (ids + 1) % V
+
+    def train(texts):
+        model = small_model()
+        model.compile("sgd")
+        for tokens in texts:
+            model.fit(kind(tokens, 5, 4), epochs=1, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    expected = train([ids.copy(), other])
+    model = small_model()
+    model.compile("sgd")
+    windows = kind(ids, 5, 4)
+    model.fit(windows, epochs=1, shuffle=False, verbose=0)
+    ids[:] = other
+    model.fit(windows, epochs=1, shuffle=False, verbose=0)
+    for weight, truth in zip(model.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(weight, truth)
+
+
+def test_text_that_is_read_between_two_batches_leaves_the_state(rng):
+    streams, other = (
+        ContinuousStreams(text(rng, n), 5, 4, drop_remainder=True)
+        for n in (201, 101)
+    )
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                self.model.evaluate(other, verbose=0)
+                self.model.predict(other, verbose=0)
+
+    def train(*callbacks):
+        model = small_model(carry_state=True)
+        model.compile("sgd", steps_per_execution=1)
+        model.fit(streams, epochs=1, verbose=0, callbacks=[*callbacks])
+        return model.get_weights()
+
+    expected = train()
+    for weight, truth in zip(train(Look()), expected, strict=True):
+        # float32, on JAX in two compilations of the same step.
+        np.testing.assert_allclose(weight, truth, atol=1e-6)
+
+
+def test_loss_scaling_goes_with_batches_of_varying_length(rng):
+    """Keras puts an optimizer for mixed_float16 into another."""
+    streams = VariableStreams(text(rng, 241), 5, 4, std=2.0, bucket=1)
+
+    def train(dtype):
+        model = LanguageModel(V, units=6, dtype=dtype)
+        model.compile(SGD(0.5))
+        model.fit(streams, epochs=2, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    half, full = train("mixed_float16"), train("float32")
+    for weight, truth in zip(half, full, strict=True):
+        # float16 has 11 bits; at one rate for all lengths it is 0.3.
+        np.testing.assert_allclose(weight, truth, atol=5e-4)
+
+
+def test_fit_goes_on_after_averages_have_become_the_weights(rng):
+    """On JAX Keras leaves one array in two variables then."""
+    windows = NextWordWindows(text(rng, 101), 5, 4)
+    model = small_model()
+    model.compile(keras.optimizers.Adam(0.01, use_ema=True))
+    losses = [
+        model.fit(windows, epochs=2, verbose=0).history["loss"][-1]
+        for _ in range(3)
+    ]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_copy_of_a_model_with_more_weights_is_refused():
+    model = small_model()
+    model.build((2, 3))
+    model.embedding.enable_lora(2)
+    with pytest.raises(UserError, match="has 2 more, as LoRA adds them"):
+        model.copy()
+
+
 def test_large_text_stays_where_it_is(rng, monkeypatch):
     """Batches are then slices of it; the numbers are the same."""
     ids = rng.integers(11, size=400).astype(np.int32)

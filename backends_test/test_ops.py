@@ -231,6 +231,21 @@ def test_masked_steps_leave_the_state_and_its_gradient(rng, mask, traced):
     )
 
 
+def test_masked_steps_keep_the_state_whatever_the_gates_say(rng):
+    """A bias by which each step that is read forgets all."""
+    x = rng.standard_normal((2, 3, 2)).astype(np.float32)
+    h0, c0 = rng.standard_normal((2, 2, 1)).astype(np.float32)
+    kernel, recurrent = (np.zeros((n, 4), np.float32) for n in (2, 1))
+    bias = np.array([30, -30, 1, 0], np.float32)
+    arrays = (x, h0, c0, kernel, recurrent, bias)
+    given = [keras.ops.convert_to_tensor(array) for array in arrays]
+    mask = keras.ops.convert_to_tensor(np.zeros((2, 3), bool))
+    y, h, c = map(keras.ops.convert_to_numpy, ops.lstm(*given, mask))
+    np.testing.assert_array_equal(c, c0)
+    np.testing.assert_array_equal(h, h0)
+    np.testing.assert_array_equal(y, np.repeat(h0[:, None], 3, axis=1))
+
+
 def test_masked_steps_leave_the_reference_too(rng):
     check_lstm(
         reference.lstm,
@@ -893,6 +908,12 @@ def make_optimizers():
         "Adam with an average": lambda: keras.optimizers.Adam(use_ema=True),
         "SGD with momentum": lambda: keras.optimizers.SGD(0.3, momentum=0.9),
         "Adam clipped each": lambda: keras.optimizers.Adam(clipnorm=0.5),
+        "Adam clipped by value": lambda: keras.optimizers.Adam(clipvalue=0.1),
+        "Adam that decays": lambda: keras.optimizers.Adam(weight_decay=0.1),
+        "AMSGrad": lambda: keras.optimizers.Adam(1e-2, amsgrad=True),
+        "Adam of two batches": lambda: keras.optimizers.Adam(
+            1e-2, gradient_accumulation_steps=2
+        ),
     }
 
 
@@ -966,6 +987,27 @@ def test_fused_optimizer_does_what_keras_does(name):
         np.testing.assert_allclose(got, truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        (keras.optimizers.Adam, {"clipnorm": 0.1}),
+        (keras.optimizers.Adam, {"clipvalue": 0.1}),
+        (keras.optimizers.Adam, {"weight_decay": 0.1}),
+        (keras.optimizers.SGD, {"clipnorm": 0.1}),
+        (keras.optimizers.SGD, {"momentum": 0.9}),
+    ],
+)
+def test_what_is_set_after_compile_is_done(kind, extra):
+    expected = run_optimizer(kind(0.1, **extra))
+    optimizer = kind(0.1)
+    ops.fuse_optimizer(optimizer)
+    for name, value in extra.items():
+        setattr(optimizer, name, value)
+    for got, truth in zip(run_optimizer(optimizer), expected, strict=True):
+        # float32, by the same formulas.
+        np.testing.assert_allclose(got, truth, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="stored so on PyTorch alone")
 @pytest.mark.parametrize("name", ["Adam clipped", "SGD clipped"])
 def test_fused_optimizer_takes_weights_that_are_stored_transposed(name):
@@ -993,6 +1035,18 @@ def test_optimizers_with_extras_are_left_to_keras(name, is_fused):
     optimizer = make_optimizers()[name]()
     ops.fuse_optimizer(optimizer)
     assert ("_backend_apply_gradients" in vars(optimizer)) == is_fused
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="XLA fuses what Keras writes")
+def test_optimizer_of_the_users_own_with_the_name_of_keras_is_left():
+    class Adam(keras.optimizers.Adam):
+        def update_step(self, gradient, variable, learning_rate):
+            self.assign_sub(variable, gradient)
+
+    optimizer, weight = Adam(), keras.Variable([3.0])
+    ops.fuse_optimizer(optimizer)
+    optimizer.apply([keras.ops.ones(1)], [weight])
+    assert keras.ops.convert_to_numpy(weight) == [2.0]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="a fault of Keras on PyTorch")
@@ -1195,12 +1249,12 @@ def test_cross_entropy_takes_float64(rng, words_a_chunk):
 
 
 def test_gradient_of_many_words_fits_float16(rng):
-    """Their sum of exponentials, 70,000 here, does not."""
+    """Their sum of exponentials, 80,000 here, does not."""
     arrays = [
         rng.normal(0, 0.1, shape).astype(np.float32)
-        for shape in ((4, 3), (3, 70_000), (70_000,))
+        for shape in ((4, 3), (3, 120_000), (120_000,))
     ]
-    arrays.append(np.array([0, 5, 69_999, 7], np.int32))
+    arrays.append(np.array([0, 5, 119_999, 7], np.int32))
     upstream = [np.ones(4, np.float32)]
     results = {
         dtype: run(ops.linear_cross_entropy, arrays, upstream, dtype=dtype)
@@ -1285,6 +1339,18 @@ def test_cross_entropy_in_bfloat16_is_near(rng, words_a_chunk):
     expected = oracles.linear_cross_entropy_gradients(*exact, targets, upstream)
     for gradient, truth in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, truth, **BFLOAT16)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_cross_entropy_is_in_float32_whatever_it_is_of(rng, dtype):
+    (features, kernel, bias), targets = draw_projection(rng, 6, 3, 11)
+    targets = keras.ops.convert_to_tensor(targets)
+    floats = (
+        keras.ops.convert_to_tensor(array, dtype)
+        for array in (features, kernel, bias)
+    )
+    nll = ops.linear_cross_entropy(*floats, targets)
+    assert keras.backend.standardize_dtype(nll.dtype) == "float32"
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's implementation")

@@ -117,6 +117,33 @@ def test_of_two_that_differ_neither_is_ranked():
         assert [record["agrees"] for record in records] == [False, False]
 
 
+def test_of_halves_that_differ_neither_is_ranked():
+    """Of four rows two are in the middle, and both count."""
+    records = [
+        timed(backend, variant=variant, losses=[3.0, *[loss] * 5])
+        for variant in ("ours", "native")
+        for backend, loss in (("jax", 2.0), ("torch", 2.0 * 1.0018))
+    ]
+    judge(records, None, "float32")
+    assert [record["agrees"] for record in records] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "agrees"),
+    [
+        ("float32", 4e-7, True),
+        ("float32", 3e-4, False),  # TF32 told as float32
+        ("tf32", 3e-4, True),
+        ("tf32", 2.3e-3, False),  # bfloat16 told as TF32
+        ("bfloat16", 2.3e-3, True),
+    ],
+)
+def test_products_are_those_of_the_dtype(dtype, error, agrees):
+    records = [timed(product_error=error), timed("torch", product_error=1e-7)]
+    judge(records, None, dtype)
+    assert [record["agrees"] for record in records] == [agrees, True]
+
+
 def test_losses_of_random_layers_are_not_compared():
     records = [
         timed(is_random=True),
@@ -136,6 +163,47 @@ def test_backends_within_noise_share_a_rank_and_compile_time_decides():
     assert [record["rank"] for record in records] == [1, 1, 3]
     first = fastest(records)
     assert [record["backend"] for record in first] == ["torch", "jax"]
+
+
+def test_process_that_was_disturbed_does_not_make_the_slower_one_the_choice():
+    """It shares the rank: the next run may turn them round."""
+    quiet, disturbed = [100.0] * 3, [350.0] * 3
+    records = [
+        timed("torch", compile_time_seconds=9.0),
+        timed("tensorflow", compile_time_seconds=1.0),
+    ]
+    records[0] |= {
+        "windows_ms": [quiet, quiet, disturbed],
+        "step_time_ms": {"median": 100.0},
+    }
+    records[1] |= {
+        "windows_ms": [[300.0] * 3] * 3,
+        "step_time_ms": {"median": 300.0},
+    }
+    rank(records)
+    assert [record["rank"] for record in records] == [1, 1]
+    first = fastest(records)
+    assert [record["backend"] for record in first] == ["torch", "tensorflow"]
+
+
+def test_third_backend_does_not_decide_whether_two_are_equal():
+    windows = {
+        "jax": [[100.0] * 3] * 3,
+        "torch": [[95.0] * 3, [112.0] * 3, [115.0] * 3],
+        "tensorflow": [[108.0] * 3] * 3,
+    }
+    records = [
+        timed(backend)
+        | {
+            "windows_ms": of,
+            "step_time_ms": {"median": float(np.median(of))},
+        }
+        for backend, of in windows.items()
+    ]
+    rank(records[:2])
+    assert [record["rank"] for record in records[:2]] == [1, 1]
+    rank(records)
+    assert [record["rank"] for record in records] == [1, 1, 3]
 
 
 def test_what_comes_after_shares_a_rank_with_its_own_fastest():

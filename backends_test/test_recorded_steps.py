@@ -239,7 +239,15 @@ def test_batches_may_be_arrays_and_may_lack_weights(rng, steps_of):
 
 @pytest.mark.parametrize(
     "case",
-    ["accumulation", "momentum", "AdamW", "metric", "adaptive", "sampled"],
+    [
+        "accumulation",
+        "momentum",
+        "AdamW",
+        "metric",
+        "adaptive",
+        "sampled",
+        "eagerly",
+    ],
 )
 def test_what_asks_the_host_in_every_step_is_not_recorded(
     monkeypatch, steps_of, case
@@ -260,6 +268,7 @@ def test_what_asks_the_host_in_every_step_is_not_recorded(
             "AdamW": optimizers.AdamW(),
         }.get(case),
         metrics=["accuracy"] if case == "metric" else None,
+        run_eagerly=case == "eagerly",
     )
     assert graphs_torch.make_train_function(model) is None
 

@@ -158,7 +158,7 @@ def test_files_of_other_schemas_are_not_mixed(tmp_path):
     good.write_text(json.dumps(bench_result()))
     bad.write_text(json.dumps(bench_result() | {"schema": "multilstm-bench-0"}))
     assert len(read_results([good, good])) == 2
-    with pytest.raises(UserError, match=r"multilstm-bench-0.*measure again"):
+    with pytest.raises(UserError, match=r"multilstm-bench-0.*of this version"):
         read_results([good, bad])
     bad.write_text("{")
     with pytest.raises(UserError, match="broken"):

@@ -143,6 +143,13 @@ def test_name_with_dollars_is_no_mathematics(tmp_path):
     assert folder.curves.stat().st_size > 1000
 
 
+def test_curves_of_a_name_that_is_no_utf_8_are_drawn(tmp_path):
+    folder = RunFolder(tmp_path / os.fsdecode(b"n\xff"))
+    folder.path.mkdir()
+    folder.write_curves(HISTORY)
+    assert folder.curves.stat().st_size > 1000
+
+
 def test_curves_of_any_name_have_a_legend():
     figure = draw_curves({"_a": HISTORY})
     shown = figure.axes[0].get_legend().get_texts()

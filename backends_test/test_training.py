@@ -33,13 +33,13 @@ from multilstm import plan as plan_module
 from multilstm import results as results_module
 from multilstm import train as train_run
 from multilstm import training as training_module
-from multilstm.config import CONFIG_SCHEMA, preset_of
+from multilstm.config import CONFIG_SCHEMA, DEFAULTS, preset_of
 from multilstm.errors import UserError, WriteError
 from multilstm.files import write_json
 from multilstm.keeper import DivergedError, best_epoch, figures_of
 from multilstm.ops import parallel
 from multilstm.run_folder import RunFolder, draw_curves
-from multilstm.runs import load_run_corpus, weights_sha256
+from multilstm.runs import describe_protocol, load_run_corpus, weights_sha256
 from multilstm.weights_file import describe_weights
 
 NO_DROPOUT = dict.fromkeys(
@@ -1708,12 +1708,83 @@ def test_other_precisions_are_refused(train, precision):
         "sequence_length",
         "gradient_accumulation_steps",
         "train_tokens",
+        "patience",
+        "until_perplexity",
     ],
 )
 def test_sizes_below_one_are_refused(name, train, tmp_path):
     with pytest.raises(UserError, match=f"`{name}` must be at least 1.*0"):
         train(**{name: 0})
     assert not (tmp_path / "run").exists()
+
+
+def test_rate_of_zero_is_refused(train, tmp_path):
+    with pytest.raises(UserError, match="`learning_rate` must be above 0"):
+        train(learning_rate=0.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_time_between_checkpoints_may_change(train):
+    train(epochs=1)
+    parts = train(epochs=2, resume=True, checkpoint_minutes=1.0)
+    assert parts["epochs"] == 2
+
+
+def test_lengths_are_new_in_each_epoch_and_as_the_preset_says(tiny):
+    plan, ids = PRESETS["tiny_awd"], np.arange(3000, dtype=np.int32)
+    cuts = [
+        plan_module.cut_batches(plan, ids, seed, epoch)
+        for seed, epoch in ((0, 0), (0, 1), (4, 0))
+    ]
+    assert len({tuple(cut.lengths) for cut in cuts}) == 3
+    for cut in cuts:  # rows begin at places of their own
+        assert cut[0][0][:, 0].tolist() != [0, 999, 1998]
+    plan = replace(plan, half_length_share=1.0)
+    halves = plan_module.cut_batches(plan, ids, 0, 0)
+    assert halves.lengths.mean() == pytest.approx(5, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "chosen"),
+    [
+        ({}, {}, []),
+        ({"plateau_factor": 0.5}, {}, ["when the learning rate falls"]),
+        ({"averaging": "triggered"}, {}, ["when averaging begins"]),
+        ({"stops_non_monotone": True}, {}, ["when training ends"]),
+        ({}, {"patience": 2}, ["when training ends"]),
+        ({}, {"until_perplexity": 9.0}, ["when training ends"]),
+    ],
+    ids=str,
+)
+def test_protocol_tells_all_that_was_chosen_on_valid(changes, settings, chosen):
+    plan = replace(PRESETS["small"], **changes)
+    protocol = describe_protocol(plan, DEFAULTS | settings)
+    kept = "the epoch whose weights are kept"
+    assert protocol["tuned"] == {"text": "valid", "what": [kept, *chosen]}
+    assert ("average" in protocol["weights"]) == (plan.averaging != "never")
+
+
+def test_seconds_before_a_run_went_on_are_of_that_epoch(
+    train, stop_after, monkeypatch
+):
+    stop_after(2)
+    with pytest.raises(CrashError):
+        train(checkpoint_minutes=0)
+    load = RunFolder.load_checkpoint
+    monkeypatch.setattr(
+        RunFolder,
+        "load_checkpoint",
+        lambda *arguments: replace(load(*arguments), seconds=1e6),
+    )
+    first, second = train(epochs=2, resume=True)["history"]
+    assert second["seconds"] < 1e6 <= first["seconds"]
+
+
+def test_signals_do_afterwards_what_they_did_before(train):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    train(epochs=1)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_text_that_is_too_short_is_refused(train, tmp_path):

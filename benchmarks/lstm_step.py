@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from multilstm.benchmark import (
 )
 from multilstm.errors import UserError
 from multilstm.files import finite_or_none, read_json, write_json
-from multilstm.ranking import LOSS_TOLERANCE
+from multilstm.ranking import LOSS_TOLERANCE, apart_from_middle
 from multilstm.selection import BACKENDS, parse_pythons, select_backend
 from multilstm.workers import WorkerProcess
 
@@ -70,8 +71,11 @@ class Entry(Row):
 
 def measure(
     workers: dict[str, Any], shape: Shape, options: argparse.Namespace
-) -> list[Entry]:
-    """Builds all variants of a shape, then times them in turns."""
+) -> Iterator[list[Entry]]:
+    """Builds all variants of a shape, then times them in turns.
+
+    They are given after each round: what was timed may then be written.
+    """
     entries = [
         Entry(backend, variant, worker)
         for variant in options.variants
@@ -85,11 +89,11 @@ def measure(
     check_losses(entries, LOSS_TOLERANCE[options.precision])
     for _ in range(options.rounds):
         time_round(entries, options.steps)
-    return entries
+        yield entries
 
 
 def check_losses(entries: list[Entry], tolerance: float) -> None:
-    """Compares the losses of each with the median of all.
+    """Compares the losses of each with those in the middle of all.
 
     What they differ by is relative to the loss before the first step.
     """
@@ -97,8 +101,7 @@ def check_losses(entries: list[Entry], tolerance: float) -> None:
     losses = np.array([entry.about["losses"] for entry in entries])
     if not entries:
         return
-    middle = np.nanmedian(losses, axis=0)
-    deviations = np.abs(losses - middle).max(axis=1) / middle[0]
+    deviations = apart_from_middle(losses, losses).max(axis=1)
     for entry, deviation in zip(entries, deviations, strict=True):
         entry.about["loss_deviation"] = float(deviation)
         entry.about["comparable"] = bool(deviation <= tolerance)
@@ -123,7 +126,7 @@ def record(entry: Entry, entries: list[Entry], shape: Shape) -> dict[str, Any]:
         "variant": entry.variant,
         **entry.about,
     }
-    if not entry.runs:
+    if not entry.runs or not entry.step_ms:
         return about
     of = {(e.backend, e.variant): e for e in entries}
     step_ms, gflops = np.array(entry.step_ms), np.array(entry.gflops)
@@ -275,16 +278,21 @@ def run(options: argparse.Namespace) -> None:
         result = describe(workers, options)
         print(f"{result['device']}, {options.precision}", end="\n\n")
         for shape in shapes:
-            entries = measure(workers, shape, options)
-            records = [record(entry, entries, shape) for entry in entries]
+            start_again(workers, options, closed_at_end)
+            before = result["results"]
+            for entries in measure(workers, shape, options):
+                records = [record(entry, entries, shape) for entry in entries]
+                result["results"] = before + finite_or_none(records)
+                if options.out:
+                    write_json(options.out, result)
             if options.memory:
                 for entry, found in zip(entries, records, strict=True):
                     if entry.runs:
                         found["memory"] = memory_of(entry, shape, options)
+                result["results"] = before + finite_or_none(records)
+                if options.out:
+                    write_json(options.out, result)
             print(table(records, shape), end="\n\n", flush=True)
-            result["results"] += finite_or_none(records)
-            if options.out:
-                write_json(options.out, result)
     print(json.dumps(result))
 
 
@@ -316,11 +324,35 @@ def start_workers(
         return {backend: Worker()}
     options.python = parse_pythons(options.python)
     return {
-        backend: closed_at_end.enter_context(
-            contextlib.closing(WorkerProcess(str(python), backend))
-        )
-        for backend, python in options.python.items()
+        backend: start_worker(backend, options, closed_at_end)
+        for backend in options.python
     }
+
+
+def start_worker(
+    backend: str,
+    options: argparse.Namespace,
+    closed_at_end: contextlib.ExitStack,
+) -> WorkerProcess:
+    python = options.python[backend]
+    worker = WorkerProcess(python, backend, timeout=options.timeout)
+    return closed_at_end.enter_context(contextlib.closing(worker))
+
+
+def start_again(
+    workers: dict[str, Any],
+    options: argparse.Namespace,
+    closed_at_end: contextlib.ExitStack,
+) -> None:
+    """Another process for one that was lost at the shape before."""
+    for backend, worker in workers.items():
+        if isinstance(worker, WorkerProcess) and (
+            worker.process.poll() is not None
+        ):
+            again = start_worker(backend, options, closed_at_end)
+            with contextlib.suppress(WorkerError):  # the old one is told then
+                again.ask("start", precision=options.precision)
+                workers[backend] = again
 
 
 def describe(workers: dict[str, Any], options: argparse.Namespace) -> dict:
@@ -398,6 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--python", action="append", default=[], metavar="BACKEND=PATH")
     add("--rounds", type=positive, default=7, help="windows of each variant")
+    add("--timeout", type=positive, help="seconds for a task of a backend")
     add("--steps", type=positive, default=16, help="steps in a window")
     add("--precision", choices=LOSS_TOLERANCE, default="float32")
     add("--memory", action="store_true", help="measure peak memory too")

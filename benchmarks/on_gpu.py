@@ -12,15 +12,16 @@ PyTorch; `best` and `awd` side by side, at equal compute, for as many epochs as
 there is time. Next: `--only lstm-step adam_512-tensorflow adam_512-torch
 recurrence`, in nine minutes, of which the last gets what the others leave (its
 file grows by rows): what must not be lost belongs into one command. The corpus
-is Penn Treebank, from MULTILSTM_DATA or by download. Every Python has multilstm
-in it, this one too (or PYTHONPATH leads there). What fails is told and the rest
-goes on; logs and run folders are in FOLDER, and what is there already is gone
-on from.
+is Penn Treebank, from MULTILSTM_DATA or by download, and looked for first.
+Every Python has multilstm in it, this one too (or PYTHONPATH leads there). What
+fails is told and the rest goes on; logs and run folders are in FOLDER, and what
+is there already is gone on from.
 """
 
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def tasks(
 
     named = [f"--python={name}={path}" for name, path in pythons.items()]
     command = (
-        *(sys.executable, str(HERE / "lstm_step.py"), "--require-gpu", *named),
+        *(str(pythons[first]), str(HERE / "lstm_step.py"), "--require-gpu"),
+        *(*named, "--timeout", "100"),
         *("--precision", "tf32", "--steps", "100", "--rounds", "3"),
         *("--variants", "ours", "native", "native_compiled"),
         *("--shapes", "tutorial", "zaremba_medium", "awd"),
@@ -146,6 +148,9 @@ def start(
     task: Task, seconds: float, out: Path, closed_at_end: contextlib.ExitStack
 ) -> "subprocess.Popen[bytes]":
     log = closed_at_end.enter_context((out / f"{task.name}.log").open("ab"))
+    # So that the last line is never that of a command before.
+    log.write(f"$ {shlex.join(task.command)}\n".encode())
+    log.flush()
     minutes = f"{max(1.0, seconds - SECONDS_AROUND) / 60:.3f}"
     limit = ("--minutes", minutes) if task.takes_minutes else ()
     return subprocess.Popen(
@@ -162,6 +167,14 @@ def last_line(log: Path) -> str:
     return said[-1][:200] if said else "said nothing"
 
 
+def check_corpus(python: Path) -> None:
+    """Looks for Penn Treebank before minutes go by that do not need it."""
+    command = (str(python), "-m", "multilstm", "corpus", "ptb")
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(f"Penn Treebank is needed: {found.stderr.strip()[-300:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -173,11 +186,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which stops tasks
     end = time.monotonic() + 60 * options.minutes
-    groups = [*tasks(parse_pythons(options.python), options.out)]
+    pythons = parse_pythons(options.python)
+    groups = [*tasks(pythons, options.out)]
     names = [task.name for _, group in groups for task in group]
     only = options.only or names
     if not {*only} <= {*names}:
         parser.error(f"--only takes {', '.join(names)}; received {only}")
+    wanted = [task for _, group in groups for task in group]
+    if any(task.takes_minutes and task.name in only for task in wanted):
+        check_corpus(next(iter(pythons.values())))
     for most, group in groups:
         wanted = [task for task in group if task.name in only]
         left = end - time.monotonic() - SECONDS_TO_STOP

@@ -140,7 +140,8 @@ def measure(
             row["kernel"] = ops.last_kernel()
             there, _ = recorded(partial(lstm, *tensors))
         except Exception as problem:  # too large for a GPU, say: told, and on
-            row["failed"] = str(problem).strip().splitlines()[0][:200]
+            said = str(problem).strip() or repr(problem)
+            row["failed"] = said.splitlines()[0][:200]
         else:
             runs[name, "forward_ms"] = there
             runs[name, "ms"] = back

@@ -4,6 +4,7 @@ Arguments are read, the backend is chosen, and only then Keras is imported.
 """
 
 import importlib
+import io
 import json
 import logging
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from multilstm import __version__
 from multilstm.config import preset_of, read_config
 from multilstm.errors import UserError
 from multilstm.failures import ProcessLostError, explaining_failures
@@ -51,10 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usage exits with 2.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: what was computed is not lost to a letter that this
+        # terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if (sys.argv[1:] if arguments is None else [*arguments]) == ["--version"]:
+        print(f"multilstm {__version__}")
+        return 0
     options = tyro.extras.subcommand_cli_from_dict(
         {kind.__name__.lower(): kind for kind in COMMANDS},
         prog="multilstm",
-        description="Word-level LSTM language models on any Keras backend.",
+        description="Word-level LSTM language models on any Keras backend; "
+        "--version tells which multilstm this is.",
         args=arguments,
     )
     # Paths and words may hold brackets and colons, which are no markup.

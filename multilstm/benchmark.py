@@ -365,9 +365,10 @@ class Worker:
         began = time.perf_counter()
         self.loops[variant](self.window)
         seconds = time.perf_counter() - began
-        joules = devices.gpu_joules() if has_gpu else None
-        if joules is not None and joules_before is not None:
-            joules -= joules_before
+        joules_after = devices.gpu_joules() if has_gpu else None
+        joules = None
+        if joules_after is not None and joules_before is not None:
+            joules = joules_after - joules_before
         return {"seconds": seconds, "joules": joules}
 
     def diagnose(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Which backend was fastest, kept for the next start.
 
-A choice holds for a device and its driver, the versions of what was timed, a
-dtype and a class of shapes: sizes rounded to powers of two, and whether the
-embeddings are tied. Each is a JSON file of its own in the user's cache folder,
-written whole or not at all, so that two that choose at once do no harm.
+A choice holds for a device and its driver, or a processor's number of cores,
+the versions of what was timed, a dtype and a class of shapes: sizes rounded to
+powers of two, and whether the embeddings are tied. Each is a JSON file of its
+own in the user's cache folder, written whole or not at all, so that two that
+choose at once do no harm.
 """
 
 import math
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multilstm.devices import usual_precision
+from multilstm.devices import CUDA_FORMS, processors, usual_precision
 from multilstm.errors import UserError
 from multilstm.files import MISFITS, cache_folder, read_json, write_json
 
@@ -77,14 +78,26 @@ def find_choice(
 ) -> dict[str, Any] | None:
     """The choice made for this device whose class is nearest to a shape.
 
+    Or None; see `find_choices`.
+    """
+    return next(iter(find_choices(device, dtype, shape)), None)
+
+
+def find_choices(
+    device: str,
+    dtype: str | None = None,
+    shape: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The choices made for this device, those nearest to a shape first.
+
     Args:
         device: Its name.
         dtype: Of the products; None is what training takes.
-        shape: Sizes; None takes the choice that was made last.
+        shape: Sizes; None begins with the choice that was made last.
 
     Returns:
-        The choice, or None. A file that cannot be read is passed over with
-        no word, as one of an older version is: `choose` writes it anew.
+        The choices. A file that cannot be read is passed over with no word,
+        as one of an older version is: `choose` writes it anew.
     """
     dtype = dtype or usual_precision()
     found = []
@@ -96,13 +109,12 @@ def find_choice(
         if not _is_whole(choice):
             continue
         if (choice["device"], choice["dtype"]) == (device, dtype):
-            found.append(choice)
-    if not found:
-        return None
+            del choice["schema"]  # as `choose` gives it, which wrote it
+            found.append(choice | {"path": str(path)})
     if shape is None:
-        return max(found, key=lambda choice: choice["made"])
+        return sorted(found, key=lambda choice: choice["made"], reverse=True)
     wanted = shape_class(shape)
-    return min(found, key=lambda choice: _distance(choice, wanted))
+    return sorted(found, key=lambda choice: _distance(choice, wanted))
 
 
 def _is_whole(choice: Mapping[str, Any]) -> bool:
@@ -114,9 +126,13 @@ def _is_whole(choice: Mapping[str, Any]) -> bool:
         return (
             shape_class(choice["shape"]) == choice["shape_class"]
             and choice["backend"] in choice["ranking"]
+            and {*choice["ranking"]} <= {*CUDA_FORMS}  # backends
+            and {*choice["equal_within_noise"]} <= {*choice["ranking"]}
+            and isinstance(choice["equal_within_noise"], list)
             and all(0 < speeds[name] < math.inf for name in choice["ranking"])
             and all(isinstance(of, dict) for of in choice["versions"].values())
             and isinstance(choice["made"], str)
+            and isinstance(choice.get("processors", {}), dict)
         )
     except MISFITS:
         return False
@@ -138,6 +154,9 @@ def why_stale(
     """What has changed since a choice was made; None if nothing has."""
     before = {"driver": choice["driver"], **choice["versions"].get(backend, {})}
     now = {"driver": driver, **versions}
+    if "processors" in choice:
+        before |= choice["processors"]
+        now |= processors()
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in [*now, *(before.keys() - now.keys())]

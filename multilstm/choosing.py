@@ -68,7 +68,8 @@ def make_choice(result: dict[str, Any]) -> dict[str, Any]:
     )
     others = [r["backend"] for r in ranked if r["backend"] not in equal]
     shape = ours[0]["shape"]
-    return {
+    protocol = result["protocol"]  # older ones tell nothing of processors
+    return {k: protocol[k] for k in ("processors",) if k in protocol} | {
         "made": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
         "device": result["device"],
         "driver": result["driver"],

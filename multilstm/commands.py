@@ -97,8 +97,10 @@ def run_compare(options: Compare, console: Console) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} must be a number from 0 on; "
                 f"received {value}."
             )
+    pythons = _pythons(options)
+    check_folder(options.out)
     comparison = compare(
-        _pythons(options),
+        pythons,
         arguments,
         out=options.out,
         until_perplexity=options.until_perplexity,
@@ -250,7 +252,7 @@ def _choice_by_measuring(
 def _tell_choices(choices: list[dict[str, Any]], console: Console) -> None:
     for choice in choices:
         equal = ", ".join(choice["equal_within_noise"])
-        note = f" (equal within noise: {equal}; it compiles fastest)"
+        note = f" (equal within noise: {equal})"
         console.print(
             f"{choice['backend']} on {choice['device']}, "
             f"{choice['shape_line']}{note if equal else ''}",
@@ -447,8 +449,7 @@ def _print_verdicts(result: dict[str, Any], console: Console) -> None:
             for r in fastest(records)
         ]
         if len(first) > 1:
-            said = f"equal within noise: {', '.join(first)}; {first[0]} "
-            said += "compiles fastest"
+            said = f"equal within noise: {', '.join(first)}; take {first[0]}"
         else:
             said = f"fastest: {first[0]}" if first else "nothing to rank"
         console.print(plain(f"{title}: {said}"))

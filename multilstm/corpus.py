@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from multilstm.errors import UserError, check_whole
 from multilstm.files import (
     cache_folder,
+    check_folder,
     read_json,
     read_or_explain,
     reason_of,
@@ -430,6 +431,7 @@ def _download(name: str, sha256: str, folder: Path) -> None:
     import requests
 
     pooch.get_logger().setLevel(logging.WARNING)
+    check_folder(folder)
     reasons = []
     for mirror in PTB_MIRRORS:
         try:

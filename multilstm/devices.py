@@ -68,6 +68,23 @@ def device_and_driver() -> tuple[str, str | None]:
     return str(name), str(version)
 
 
+def processors() -> dict[str, Any]:
+    """What else decides how fast a processor is; nothing beside a GPU.
+
+    `OMP_NUM_THREADS` binds PyTorch alone: JAX and TensorFlow take all cores.
+    """
+    if _nvml() is not None:
+        return {}
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return {
+        "cores": cores,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
 def usual_precision() -> Dtype:
     """What training multiplies in untold: `"tf32"` on a GPU or `"float32"`."""
     return "float32" if _nvml() is None else "tf32"
@@ -154,6 +171,11 @@ def _nvml() -> tuple[Any, Any] | None:
         pynvml.nvmlInit()
         if visible.isdecimal():
             return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+            # As CUDA does, which takes the beginning of a name.
+            if str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(visible):
+                return pynvml, gpu
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible)
     except pynvml.NVMLError:
         return None

@@ -14,11 +14,13 @@ import math
 import signal
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from multilstm.dataset import RowStarts
@@ -34,6 +36,7 @@ from multilstm.ops import (
     rows_here,
     starts_singly,
     steps_per_dispatch,
+    sync_variables,
 )
 
 # A text that is larger is left on the disk, where `load_corpus` has it.
@@ -64,6 +67,8 @@ class TextModel(keras.Model):
         self._functions: dict[Any, Any] = {}
         self._asked_steps: int | None = None
         self._text_of: Any = None
+        self._text_ids: Any = None  # kept, so that no other has its `id`
+        self._is_fitting = False
         self._text_kept: Any = None
 
     def step_flops(self, tokens: int) -> int:
@@ -161,19 +166,31 @@ class TextModel(keras.Model):
             if self.steps_per_execution > 1 and is_shown:
                 callbacks = _with_bar(callbacks)
             named["callbacks"] = callbacks
-            with interrupts.kept(), keeping_variables(self):
-                return super().fit(data, **named)
+            is_within, self._is_fitting = self._is_fitting, True
+            try:
+                with interrupts.kept(), keeping_variables(self):
+                    return super().fit(data, **named)
+            finally:
+                self._is_fitting = is_within
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.evaluate`; starts from a state of zeros."""
+        """As `keras.Model.evaluate`; starts from a state of zeros.
+
+        Within a `fit`, as a callback may, it leaves the state as it was.
+        """
         named = _by_name(keras.Model.evaluate, args, kwargs)
         if self.carry_state:
             self._prepare_carry(named)
-        with keeping_variables(self):
+        # After Keras's own, which validates, an epoch begins anew.
+        is_keras = named.get("_use_cached_eval_dataset", False)
+        with self._keeping_carried(not is_keras), keeping_variables(self):
             return super().evaluate(**named)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `keras.Model.predict`; starts from a state of zeros."""
+        """As `keras.Model.predict`; starts from a state of zeros.
+
+        Within a `fit`, as a callback may, it leaves the state as it was.
+        """
         named = _by_name(keras.Model.predict, args, kwargs)
         if self.carry_state:
             self._prepare_carry(named)
@@ -181,10 +198,26 @@ class TextModel(keras.Model):
         before = self.steps_per_execution
         self.steps_per_execution = self._asked_steps or 1
         try:
-            with keeping_variables(self):
+            with self._keeping_carried(), keeping_variables(self):
                 return super().predict(**named)
         finally:
             self.steps_per_execution = before
+
+    @contextmanager
+    def _keeping_carried(self, is_asked: bool = True) -> Iterator[None]:
+        """Another text is read within `fit`, whose own goes on after it."""
+        if not (is_asked and self._is_fitting and self.carry_state):
+            yield
+            return
+        sync_variables(self)
+        before = [
+            (variable, ops.convert_to_numpy(variable).copy())
+            for variable in self.variables
+            if getattr(variable, "is_carried_state", False)
+        ]
+        yield
+        for variable, value in before:
+            variable.assign(value)
 
     @contextmanager
     def _prepare_steps(
@@ -217,8 +250,11 @@ class TextModel(keras.Model):
             and self.keeps_methods("train_step")
         ):
             self._rows = (data.batch_size, data.sequence_length)
-            if self._text_of is not data.token_ids:
-                self._text_of = data.token_ids
+            # A text may have been changed in its place.
+            ids = np.ascontiguousarray(data.token_ids)
+            text = (id(data.token_ids), zlib.crc32(ids.data))
+            if self._text_of != text:
+                self._text_of, self._text_ids = text, data.token_ids
                 with on_host():
                     self._text_kept = ops.convert_to_tensor(data.token_ids)
             self.text = self._text_kept
@@ -247,7 +283,9 @@ class TextModel(keras.Model):
             yield
             return
         length = ops.cast(ops.shape(batch[0])[1], "float32")
-        with self.optimizer.rate_times(length / self._usual_length):
+        optimizer: Any = self.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        with optimizer.rate_times(length / self._usual_length):
             yield
 
     def _batch_of(self, data: Any) -> Any:
@@ -314,6 +352,8 @@ def _by_name(
 
 
 def _check_scales_rate(optimizer: Any) -> None:
+    # That of mixed_float16 has another in it, which makes the steps.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not hasattr(optimizer, "rate_times"):
         raise UserError(
             "Batches of varying length need an optimizer whose rate can "

@@ -441,6 +441,12 @@ class LanguageModel(TextModel):
         if batch_size is None and copy.carry_state and carried is not None:
             batch_size = carried.h.shape[0] if self.built else None
         copy.build((batch_size, None))
+        if len(copy.weights) != len(self.weights) and self.built:
+            raise UserError(
+                "A copy has the weights that a model is built with; this one "
+                f"has {len(self.weights) - len(copy.weights)} more, as LoRA "
+                "adds them. Save the model and load it, which takes them in."
+            )
         if self.built:  # else both have those of the seed
             copy.set_weights(self.get_weights())
         return copy

@@ -331,7 +331,10 @@ def run_generate(options: Generate, console: Console) -> dict[str, Any]:
 
 
 def command_to_go_on(options: Train, record: dict[str, Any]) -> str:
-    command = ["multilstm", "train", "--out", record["run"], "--resume"]
+    run = record["run"]
+    if run.startswith("-"):  # which would be an option
+        run = f"./{run}"
+    command = ["multilstm", "train", "--out", run, "--resume"]
     command += ["--backend", record["backend"]]
     for name in ("data", "devices", "retries"):  # what no config.json has
         value = getattr(options, name)

@@ -180,7 +180,9 @@ def gpu_peak_bytes(backend: str) -> int | None:
     if backend == "jax":
         import jax
 
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        # None with some allocators, which count nothing.
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
     import tensorflow as tf
 
     return tf.config.experimental.get_memory_info("GPU:0")["peak"]

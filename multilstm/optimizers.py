@@ -25,7 +25,7 @@ from multilstm.presets import Preset
 _rate_factor: ContextVar[Any] = ContextVar("rate_factor", default=None)
 
 
-class _Extras(keras.optimizers.Optimizer):
+class Extras(keras.optimizers.Optimizer):
     """What both optimizers add to Keras's, of which they are made too."""
 
     def __init__(
@@ -182,7 +182,7 @@ class _Extras(keras.optimizers.Optimizer):
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
-class SGD(_Extras, keras.optimizers.SGD):
+class SGD(Extras, keras.optimizers.SGD):
     """`keras.optimizers.SGD` with L2 in the gradient and averaged weights.
 
     Args:
@@ -207,7 +207,7 @@ class SGD(_Extras, keras.optimizers.SGD):
 
 
 @keras.saving.register_keras_serializable(package="multilstm")
-class Adam(_Extras, keras.optimizers.Adam):
+class Adam(Extras, keras.optimizers.Adam):
     """`keras.optimizers.Adam` with L2 in the gradient and averaged weights.
 
     Args:

@@ -14,7 +14,7 @@ one, as `Preset` has it. Its name is that of the file.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:
     raise UserError(
         f"A preset is one of {', '.join(PRESETS)}, or a file of your own, "
         "NAME.json, as `multilstm presets small` prints one; received "
-        f"{str(preset)!r}."
+        f"{str(preset)!r}.{_meant(str(preset), PRESETS)}"
     )
 
 
@@ -97,11 +97,10 @@ def _make(settings: Mapping[str, Any], where: str) -> Preset:
     known = {field.name: field for field in fields(Preset)}
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f" Is {near[0]} meant?" if near else ""
             raise UserError(
                 f"{where} must have settings of a preset; {name!r} is none."
-                f"{meant} `multilstm presets small` prints all there are."
+                f"{_meant(name, known)} `multilstm presets small` prints all "
+                "there are."
             )
     for name, field in known.items():
         if name not in settings and field.default is MISSING:
@@ -110,6 +109,11 @@ def _make(settings: Mapping[str, Any], where: str) -> Preset:
                 "the preset that has the rest with `based_on`."
             )
     return Preset(**settings)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Is {near[0]} meant?" if near else ""
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:

@@ -70,10 +70,12 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
         if schema not in SCHEMAS:
             raise UserError(
                 f"{path} must have a schema of {', '.join(SCHEMAS)}; it has "
-                f"{schema!r}. Results of several versions are not mixed: "
-                "measure again."
+                f"{schema!r}. Give a bench.json or a comparison.json of this "
+                "version."
             )
         try:
+            if not content["results"]:
+                raise ValueError("it has no results")
             html_page([content])
         except MISFITS as error:
             raise UserError(

@@ -254,8 +254,10 @@ class RunFolder:
         with self.replacing(self.curves) as temporary, catch_warnings():
             # A letter that the font has not is drawn as a box.
             filterwarnings("ignore", "Glyph", UserWarning)
-            # Of a dollar Matplotlib would make mathematics.
-            name = self.path.name.replace("$", r"\$")
+            # Names of files need not be UTF-8, and of a dollar Matplotlib would
+            # make mathematics.
+            name = os.fsencode(self.path.name).decode(errors="replace")
+            name = name.replace("$", r"\$")
             draw_curves({name: history}).savefig(temporary, dpi=120)
 
     @property

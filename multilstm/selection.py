@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from multilstm import __version__
-from multilstm.choices import find_choice, shape_class, why_stale
+from multilstm.choices import (
+    find_choice,
+    find_choices,
+    shape_class,
+    why_stale,
+)
 from multilstm.devices import device_and_driver, how_to_install
 from multilstm.errors import UserError
 from multilstm.files import read_or_explain, write_json
@@ -111,28 +116,34 @@ def _first_named(
 def chosen_backend(
     shape: Mapping[str, Any] | None, dtype: str | None
 ) -> tuple[str | None, str]:
-    """The backend of the choice kept for a shape, and what it is.
+    """The backend of the nearest choice kept for a shape that holds.
 
-    Or None, and why it does not hold here.
+    And what it is; or None, and why the nearest does not hold here.
     """
     device, driver = device_and_driver()
-    choice = find_choice(device, dtype, shape)
-    if choice is None:
-        return None, ""
-    here = [name for name in choice["ranking"] if is_installed(name)]
-    if not here:
-        return None, ""
-    backend = here[0]
-    stale = why_stale(choice, backend, driver, installed_versions(backend))
-    if stale:
-        return None, (
-            f"the choice of {choice['backend']} is stale, {stale}: run "
-            "multilstm choose"
+    why_not = ""
+    for choice in find_choices(device, dtype, shape):
+        here = [name for name in choice["ranking"] if is_installed(name)]
+        if not here:
+            continue
+        backend = here[0]
+        stale = why_stale(choice, backend, driver, installed_versions(backend))
+        if stale:
+            why_not = why_not or (
+                f"the choice of {choice['backend']} is stale, {stale}: run "
+                "multilstm choose"
+            )
+            continue
+        said = (
+            f"multilstm choose, {choice['made'][:10]}, on "
+            f"{choice['shape_line']}"
         )
-    said = f"multilstm choose, {choice['made'][:10]}, on {choice['shape_line']}"
-    if backend != choice["backend"]:
-        said += f"; {choice['backend']} was faster and is not installed here"
-    return backend, said
+        if backend != choice["backend"]:
+            said += (
+                f"; {choice['backend']} was faster and is not installed here"
+            )
+        return backend, said
+    return None, why_not
 
 
 def keras_json() -> Path:

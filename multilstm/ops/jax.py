@@ -589,6 +589,19 @@ def _equal_shapes(batches: list[Any]) -> Iterator[list[Any]]:
         yield list(group)
 
 
+def _part(variables: list[Any]) -> None:
+    """Gives each variable an array of its own.
+
+    At the end of a `fit` Keras makes averaged weights the weights (`use_ema`):
+    one array for two variables, which a step would be given away twice.
+    """
+    seen = set()
+    for variable in variables:
+        if id(variable.value) in seen:
+            variable.assign(jnp.copy(variable.value))
+        seen.add(id(variable.value))
+
+
 @contextmanager
 def keeping_variables(model: Any) -> Iterator[None]:
     """As `reference.keeping_variables`.
@@ -599,6 +612,7 @@ def keeping_variables(model: Any) -> Iterator[None]:
     variables = [*model.variables, *model.metrics_variables]
     if model.compiled:
         variables += model.optimizer.variables
+    _part(variables)
     before = [variable.value for variable in variables]
     try:
         yield

@@ -1,7 +1,7 @@
 """The operations in `keras.ops`: any backend, and the oracle for the others."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -359,6 +359,19 @@ def is_plain(optimizer: Any, kind: str) -> bool:
         in ("keras", "multilstm")
         and not any(getattr(optimizer, extra, None) for extra in extras)
     )
+
+
+def update_plain(
+    update: Callable[..., None],
+    kind: str,
+    optimizer: Any,
+    gradients: list[Any],
+    variables: list[Any],
+) -> None:
+    """An update in one pass, or Keras's if extras were set since."""
+    if not is_plain(optimizer, kind):
+        update = type(optimizer)._backend_apply_gradients
+    update(optimizer, gradients, variables)
 
 
 def dropout(inputs: Any, rate: float, noise_shape: Any, seed: Any) -> Any:

@@ -566,7 +566,9 @@ def fuse_optimizer(optimizer: Any) -> None:
     for kind, update in (("Adam", _update_adam), ("SGD", _update_sgd)):
         if reference.is_plain(optimizer, kind):
             # Keras's own place for what a backend does in another way.
-            optimizer._backend_apply_gradients = partial(update, optimizer)
+            optimizer._backend_apply_gradients = partial(
+                reference.update_plain, update, kind, optimizer
+            )
 
 
 @torch.no_grad()
