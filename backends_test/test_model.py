@@ -139,6 +139,22 @@ def test_exported_model_takes_ids(ids, tmp_path):
         np.testing.assert_allclose(got, truth[:rows], **CLOSE)
 
 
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="a SavedModel needs TensorFlow"
+)
+def test_exported_model_begins_with_a_state_of_zeros(ids, tmp_path):
+    import tensorflow as tf
+
+    model = small_model(carry_state=True)
+    model.build(ids.shape)
+    truth = numpy(model.copy(carry_state=False)(ids))
+    model(ids)  # which leaves a state
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    got = numpy(loaded.serve(tf.constant(ids)))
+    np.testing.assert_allclose(got, truth, **CLOSE)
+
+
 def test_copy_is_of_the_same_class(ids):
     class Mine(LanguageModel):
         pass

@@ -68,6 +68,12 @@ def device_and_driver() -> tuple[str, str | None]:
     return str(name), str(version)
 
 
+def is_told_to_use_cpu() -> bool:
+    """Whether a framework's own variable says that the processor is meant."""
+    variables = ("JAX_PLATFORMS", "KERAS_TORCH_DEVICE")
+    return any(os.environ.get(name) == "cpu" for name in variables)
+
+
 def processors() -> dict[str, Any]:
     """What else decides how fast a processor is; nothing beside a GPU.
 

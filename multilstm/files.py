@@ -36,7 +36,6 @@ _KINDS = {
     bool: "true or false",
     int: "a whole number from 0 to 10**18",
     float: "a finite number",
-    NoneType: "null",
 }
 
 # What some file systems answer, of shared folders among others.
@@ -226,7 +225,8 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(inner)}"
     if origin in (Union, UnionType):  # which one, the kinds decide
-        return " or ".join(_in_words(one) for one in inner)
+        # A setting that is not given, which nobody needs to be told.
+        return " or ".join(_in_words(k) for k in inner if k is not NoneType)
     if origin is Sequence:
         return f"a list, each of it {_in_words(inner[0])}"
     return _KINDS[kind]

@@ -105,10 +105,8 @@ class Keeper(keras.callbacks.Callback):
         self.until_perplexity = until_perplexity
         self.checkpoint_seconds = 60 * checkpoint_minutes
         self.ends_at = ends_at  # as `time.monotonic` counts
-        self.refuses_useless = (
-            refuses_useless  # epochs, which can be tried again
-        )
-        self._told_useless = False
+        # Whether an epoch of no use is to be tried again, or is only told.
+        self.refuses_useless, self._told_useless = refuses_useless, False
         self.out_of_time = False
         self._turned = time.monotonic()  # when the epoch in hand began
         self.num_drawn, self.drawn = 0, -math.inf  # epochs in curves, and when

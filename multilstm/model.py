@@ -28,6 +28,7 @@ from multilstm.layers import (
     Embedding,
     State,
     may_be,
+    reset_carried_state,
     run_stack,
 )
 from multilstm.metrics import (
@@ -395,7 +396,7 @@ class LanguageModel(TextModel):
         return [(state, state) for state in zeros]
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """As `keras.Model.export`; ids are int32.
+        """As `keras.Model.export`; ids are int32, carried states zero.
 
         Keras takes inputs of a model of one's own for numbers of its `floatx`.
         """
@@ -404,6 +405,8 @@ class LanguageModel(TextModel):
             rows = None if carried is None else carried.h.shape[0]
             ids = keras.InputSpec(shape=(rows, None), dtype="int32")
             kwargs["input_signature"] = [ids]
+        # What is exported begins with the states there are.
+        reset_carried_state(self)
         super().export(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:

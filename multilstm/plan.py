@@ -190,9 +190,9 @@ def check_trainable(
     part_of_rows(plan.batch_size, devices.count)  # likewise
     if plan.gradient_accumulation_steps > 1 and not devices.accumulates:
         raise UserError(
-            "Several devices on TensorFlow take one batch a step; received "
+            "Several devices take one batch a step with this backend; received "
             f"--gradient-accumulation-steps {plan.gradient_accumulation_steps}"
-            ". Leave it out, or use jax or torch."
+            ". Leave it out, or take another backend."
         )
 
 

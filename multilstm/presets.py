@@ -95,7 +95,7 @@ class Preset:
         published_test: The same on its test split.
 
     Raises:
-        UserError: If a value is of another kind than these.
+        UserError: If a value is of another kind, or out of its range.
     """
 
     name: str

@@ -25,7 +25,11 @@ from multilstm.checkpoint import Progress
 from multilstm.config import DEFAULTS, Precision, Settings, Softmax
 from multilstm.corpus import Corpus
 from multilstm.dataset import LaterBatches, part_of_rows
-from multilstm.devices import CUDA_FORMS, device_and_driver
+from multilstm.devices import (
+    CUDA_FORMS,
+    device_and_driver,
+    is_told_to_use_cpu,
+)
 from multilstm.errors import UserError, check_whole
 from multilstm.evaluation import Evaluator
 from multilstm.failures import explaining_failures
@@ -435,11 +439,7 @@ def _tell_what_is_unusual(keeper: Keeper, settings: dict[str, Any]) -> None:
 def _warn_of_unseen_gpu() -> None:
     name, driver = device_and_driver()
     backend = keras.config.backend()
-    is_meant = "cpu" in (
-        os.environ.get("JAX_PLATFORMS"),
-        os.environ.get("KERAS_TORCH_DEVICE"),
-    )
-    if driver is not None and not has_gpu() and not is_meant:
+    if driver is not None and not has_gpu() and not is_told_to_use_cpu():
         logger.warning(
             "%s does not see the %s that is here, and trains on the processor. "
             "Install its CUDA form: %s (CUDA_VISIBLE_DEVICES=-1 says that the "
