@@ -3,6 +3,7 @@
 import argparse
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,57 @@ def test_a_backend_that_cannot_start_leaves_the_others_theirs(tmp_path):
     done = run("--python", f"{absent}={broken}", *arguments)
     assert done.returncode == 1
     assert f"No backend can be timed: {absent}: " in done.stderr
+
+
+PRETEND = """
+import json, os, signal, sys, time
+answers = {
+    "start": dict(device="Chip", gpu=False, versions={}, product_error=1e-7),
+    "build": dict(losses=[2.9] * 6, kernel="k", compile_time_seconds=1.0),
+    "time_product": {"jax": 1.0},
+    "time_window": dict(seconds=0.5, joules=None),
+}
+windows = 0
+for line in sys.stdin:
+    method, arguments = json.loads(line)
+    if method == "build" and arguments["variant"] == "native":
+        time.sleep(60)
+    windows += method == "time_window"
+    if windows == 2 and "stops" in sys.argv[0]:
+        os.kill(os.getppid(), signal.SIGKILL)
+        break
+    print(json.dumps(answers.get(method, {})), flush=True)
+"""
+
+
+def test_variant_that_hangs_costs_one_shape(tmp_path):
+    out = tmp_path / "result.json"
+    done = run(
+        *("--python", f"jax={write_script(tmp_path, 'hangs', PRETEND)}"),
+        *("--shapes", "tiny", "tutorial", "--variants", "ours", "native"),
+        *("--rounds", "2", "--timeout", "5", "--out", out),
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        [r.get("reason", "") for r in json.loads(out.read_text())["results"]][
+            start : start + 2
+        ]
+        for start in (0, 2)
+    )
+    assert "no answer to 'build' within 5 s" in first[1]
+    assert second == ["", "its process was lost at a shape before"]
+
+
+def test_what_was_timed_is_written_after_each_round(tmp_path):
+    out = tmp_path / "result.json"
+    done = run(
+        *("--python", f"jax={write_script(tmp_path, 'stops', PRETEND)}"),
+        *("--shapes", "tiny", "--variants", "ours", "--rounds", "3"),
+        *("--steps", "2", "--out", out),
+    )
+    assert done.returncode == -signal.SIGKILL
+    [found] = json.loads(out.read_text())["results"]
+    assert found["step_time_ms"]["median"] == 250.0
 
 
 def test_table_of_large_vocabularies_has_what_was_measured(tmp_path):

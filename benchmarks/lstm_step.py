@@ -70,11 +70,15 @@ class Entry(Row):
 
 
 def measure(
-    workers: dict[str, Any], shape: Shape, options: argparse.Namespace
+    workers: dict[str, Any],
+    shape: Shape,
+    options: argparse.Namespace,
+    lost: set[tuple[str, str]],
 ) -> Iterator[list[Entry]]:
     """Builds all variants of a shape, then times them in turns.
 
-    They are given after each round: what was timed may then be written.
+    They are given after each round: what was timed may then be written. What a
+    process was lost by is put into `lost`, and left out at the next shape.
     """
     entries = [
         Entry(backend, variant, worker)
@@ -83,9 +87,14 @@ def measure(
     ]
     sizes = dataclasses.asdict(shape)
     for entry in entries:
+        if (entry.backend, entry.variant) in lost:
+            entry.about["reason"] = "its process was lost at a shape before"
         entry.ask("prepare", steps=options.steps, **sizes)
     for entry in entries:
+        runs = entry.runs and not is_lost(entry.worker)
         entry.about |= entry.ask("build", variant=entry.variant)
+        if runs and is_lost(entry.worker):
+            lost.add((entry.backend, entry.variant))
     check_losses(entries, LOSS_TOLERANCE[options.precision])
     for _ in range(options.rounds):
         time_round(entries, options.steps)
@@ -276,11 +285,12 @@ def run(options: argparse.Namespace) -> None:
     with contextlib.ExitStack() as closed_at_end:
         workers = start_workers(options, closed_at_end)
         result = describe(workers, options)
+        lost: set[tuple[str, str]] = set()
         print(f"{result['device']}, {options.precision}", end="\n\n")
         for shape in shapes:
             start_again(workers, options, closed_at_end)
             before = result["results"]
-            for entries in measure(workers, shape, options):
+            for entries in measure(workers, shape, options, lost):
                 records = [record(entry, entries, shape) for entry in entries]
                 result["results"] = before + finite_or_none(records)
                 if options.out:
@@ -339,6 +349,12 @@ def start_worker(
     return closed_at_end.enter_context(contextlib.closing(worker))
 
 
+def is_lost(worker: Any) -> bool:
+    """Whether it was a process that has ended."""
+    is_process = isinstance(worker, WorkerProcess)
+    return is_process and worker.process.poll() is not None
+
+
 def start_again(
     workers: dict[str, Any],
     options: argparse.Namespace,
@@ -346,9 +362,7 @@ def start_again(
 ) -> None:
     """Another process for one that was lost at the shape before."""
     for backend, worker in workers.items():
-        if isinstance(worker, WorkerProcess) and (
-            worker.process.poll() is not None
-        ):
+        if is_lost(worker):
             again = start_worker(backend, options, closed_at_end)
             with contextlib.suppress(WorkerError):  # the old one is told then
                 again.ask("start", precision=options.precision)
