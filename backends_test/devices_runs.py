@@ -34,7 +34,8 @@ def define_presets() -> None:
     for name, preset in tiny_runs.presets().items():
         preset = replace(preset, batch_size=4, epochs=2)
         PRESETS[name] = preset
-        PRESETS[f"{name}_same"] = replace(preset, **NO_DROPOUT)
+        same = f"{name}_same"
+        PRESETS[same] = replace(preset, **NO_DROPOUT, name=same)
 
 
 def stop_at_checkpoint() -> None:

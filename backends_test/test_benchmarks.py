@@ -281,6 +281,7 @@ def test_commands_on_a_gpu_are_ones_that_there_are(tmp_path, monkeypatch):
         "recorded_steps.py": "main",
     }
     pythons = dict.fromkeys(BACKENDS, Path(sys.executable))
+    here = {"KERAS_BACKEND": keras.config.backend()}
     understood = []
 
     def note(parser, *arguments):
@@ -299,17 +300,18 @@ def test_commands_on_a_gpu_are_ones_that_there_are(tmp_path, monkeypatch):
                 assert options.preset in PRESETS
                 continue
             name, *arguments = task.command[1:]
+            if task.environment not in ({}, here):
+                continue  # what it imports is not installed
             script = runpy.run_path(name)
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", [name, *arguments])
                 patch.setattr(argparse.ArgumentParser, "parse_args", note)
                 with pytest.raises(InterruptedError):
                     script[parsers[Path(name).name]]()
-    assert {options.out.name for options in understood} == {
-        "lstm-step.json",
-        "recurrence.json",
-        "recorded-steps.json",
-    }
+    names = {options.out.name for options in understood}
+    of_torch = {"recurrence.json", "recorded-steps.json"}
+    is_torch = keras.config.backend() == "torch"
+    assert names == {"lstm-step.json", *(of_torch if is_torch else ())}
 
 
 def test_a_task_that_is_not_there_is_told(tmp_path):
