@@ -71,7 +71,8 @@ def test(session: nox.Session, backend: str) -> None:
     # A file of tests stays in one process, with what its tests share.
     processes = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
     session.run(
-        *("pytest", "--cov", "--cov-report=", *processes, *session.posargs),
+        *("pytest", "--cov", "--cov-report=", "--durations=10"),
+        *(*processes, *session.posargs),
     )
 
 
