@@ -311,6 +311,17 @@ def test_energy_that_was_read_once_is_none(readings, monkeypatch):
     assert worker.time_window("ours")["joules"] is None
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's allocators")
+def test_allocator_that_counts_nothing_loses_no_row(monkeypatch):
+    """As XLA_PYTHON_CLIENT_ALLOCATOR=platform is, and that of a processor."""
+    monkeypatch.setattr("multilstm.ops.has_gpu", lambda: True)
+    worker = Worker()
+    worker.backend = "jax"
+    told = worker.peak_memory()
+    assert told["peak_device_memory_mb"] is None
+    assert told["peak_memory_mb"] > 0
+
+
 def test_window_is_timed_from_its_first_step_to_its_last():
     worker = Worker()
     worker.window, worker.loops = [], {"ours": lambda window: time.sleep(0.2)}

@@ -13,7 +13,7 @@ import keras
 import pytest
 from test_bench import script
 
-from multilstm import selection
+from multilstm import devices, selection
 from multilstm.choices import save_choice, shape_class
 from multilstm.devices import device_and_driver
 from multilstm.errors import UserError
@@ -456,3 +456,44 @@ def test_time_of_a_preset_comes_from_what_was_chosen_here():
     expected = 39 * 2_000 / 13_000 * 13_275_200 / 2_651_600
     assert medium["seconds"] == pytest.approx(expected, abs=0.06)
     assert (medium["backend"], medium["is_measured_shape"]) == ("jax", False)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [
+        ("1", "second"),
+        ("GPU-89", "second"),  # as CUDA takes it
+        ("GPU-12345678", "first"),
+        ("-1", None),
+        ("GPU-7", None),
+    ],
+)
+def test_gpu_is_the_first_that_cuda_sees(visible, name, monkeypatch):
+    pynvml = pytest.importorskip("pynvml")
+    uuids = {"first": "GPU-12345678", "second": "GPU-89abcdef"}
+    names = list(uuids)
+
+    def by_uuid(uuid):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    pretended = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: len(names),
+        "nvmlDeviceGetHandleByIndex": names.__getitem__,
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetUUID": uuids.__getitem__,
+        "nvmlDeviceGetName": str,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+    }
+    for function, pretend in pretended.items():
+        monkeypatch.setattr(pynvml, function, pretend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices._nvml.cache_clear()
+    try:
+        found, driver = device_and_driver()
+    finally:
+        devices._nvml.cache_clear()
+    if name is None:
+        assert driver is None
+    else:
+        assert (found, driver) == (name, "580.1")
