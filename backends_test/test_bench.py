@@ -311,7 +311,9 @@ def test_energy_that_was_read_once_is_none(readings, monkeypatch):
     assert worker.time_window("ours")["joules"] is None
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's allocators")
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="JAX alone counts by what may be None"
+)
 def test_allocator_that_counts_nothing_loses_no_row(monkeypatch):
     """As XLA_PYTHON_CLIENT_ALLOCATOR=platform is, and that of a processor."""
     monkeypatch.setattr("multilstm.ops.has_gpu", lambda: True)

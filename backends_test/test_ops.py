@@ -1037,7 +1037,6 @@ def test_optimizers_with_extras_are_left_to_keras(name, is_fused):
     assert ("_backend_apply_gradients" in vars(optimizer)) == is_fused
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="XLA fuses what Keras writes")
 def test_optimizer_of_the_users_own_with_the_name_of_keras_is_left():
     class Adam(keras.optimizers.Adam):
         def update_step(self, gradient, variable, learning_rate):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
+import pynvml
 import pytest
 from test_bench import script
 
@@ -469,7 +470,6 @@ def test_time_of_a_preset_comes_from_what_was_chosen_here():
     ],
 )
 def test_gpu_is_the_first_that_cuda_sees(visible, name, monkeypatch):
-    pynvml = pytest.importorskip("pynvml")
     uuids = {"first": "GPU-12345678", "second": "GPU-89abcdef"}
     names = list(uuids)
 

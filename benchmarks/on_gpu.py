@@ -192,11 +192,13 @@ def main() -> None:
     only = options.only or names
     if not {*only} <= {*names}:
         parser.error(f"--only takes {', '.join(names)}; received {only}")
-    wanted = [task for _, group in groups for task in group]
-    if any(task.takes_minutes and task.name in only for task in wanted):
+    groups = [
+        (most, [task for task in group if task.name in only])
+        for most, group in groups
+    ]
+    if any(task.takes_minutes for _, group in groups for task in group):
         check_corpus(next(iter(pythons.values())))
-    for most, group in groups:
-        wanted = [task for task in group if task.name in only]
+    for most, wanted in groups:
         left = end - time.monotonic() - SECONDS_TO_STOP
         if wanted and left > 0:
             run(wanted, min(most, left), options.out)

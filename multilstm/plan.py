@@ -37,10 +37,9 @@ _CHANGEABLE = (
 
 
 def _settings_to_resume(
-    folder: RunFolder, given: dict[str, Any]
+    folder: RunFolder, config: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], Preset]:
     """The settings of a run, and the preset as it was when it began."""
-    config = DEFAULTS | folder.read_config()
     preset = preset_of(config)
     settings = {name: config[name] for name in DEFAULTS}
     asked = given.get("learning_rate")
@@ -97,9 +96,10 @@ def read_plan(
 ) -> tuple[dict[str, Any], Preset]:
     """What a run that goes on was asked for before, and is now."""
     with explaining_config(folder):
-        settings, preset = _settings_to_resume(folder, given)
+        config = DEFAULTS | folder.read_config()
+        settings, preset = _settings_to_resume(folder, config, given)
         if asked_for is not None:
-            _check_same_preset(folder, folder.read_config(), asked_for)
+            _check_same_preset(folder, config, asked_for)
         plan = make_plan(settings, preset)
         make_optimizer(plan)  # so that what it cannot be made of is told
     return settings, plan
